@@ -1,0 +1,87 @@
+"""One epoch of supervised training, for fine-tuning and for the linear probe; and evaluation."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import nn
+from torch.utils.data import DataLoader
+
+from util import rng
+from util.dist import Dist, share_buffers, sum_over_ranks
+from util.log import Progress, RunLog, log
+from util.lr_sched import Schedule, adjust_learning_rate
+from util.step import Step
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loader: DataLoader,
+    step: Step,
+    schedule: Schedule,
+    epoch: int,
+    *,
+    mixup: Mixup | None = None,
+    seed: int,
+    env: Dist,
+    run_log: RunLog,
+) -> dict[str, float]:
+    """Train on every batch of `loader`; returns the epoch's mean `loss` and `lr`, over all ranks.
+
+    `criterion` takes logits [N, classes] and labels [N], or soft targets [N, classes] where `mixup` is given. The
+    number of batches is a multiple of `step.accum_iter`. Raises NonFiniteLossError, on all ranks together.
+    """
+    model.train()
+    n = len(loader)
+    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env)
+    for i, (imgs, targets) in progress:
+        if i % step.accum_iter == 0:
+            lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
+        imgs = imgs.to(env.device, non_blocking=True)
+        targets = targets.to(env.device, non_blocking=True)
+
+        rng.seed_step(seed, epoch * n + i, env.rank)  # decides mixing and stochastic depth
+        if mixup is not None:
+            imgs, targets = mixup(imgs, targets)
+        loss = step(lambda: criterion(model(imgs), targets), update=(i + 1) % step.accum_iter == 0)  # noqa: B023
+
+        progress.add(i, lr=lr, loss=loss)
+        if progress.due(i):  # the only place where the host waits for the device
+            for j, values in progress.read():
+                x = int(1000 * (epoch + j / n))  # the same scale for every batch size
+                run_log.scalar("loss", values["loss"], x)
+                run_log.scalar("lr", values["lr"], x)
+    return progress.averages()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader, env: Dist, dtype: torch.dtype | None, sharded: bool
+) -> dict[str, float]:
+    """Mean cross-entropy `loss` and accuracies `acc1`, `acc5` (%, the latter top-min(5, classes)) over all images.
+
+    `sharded`: the ranks hold disjoint shares of the images, which are added up; else each rank has them all.
+    """
+    model.eval()
+    share_buffers(model)
+    exact = torch.float32 if env.device.type == "mps" else torch.float64  # mps has no float64
+    totals = torch.zeros(4, dtype=exact, device=env.device)  # images, loss, correct in 1, correct in 5
+    progress = Progress(loader, "Test:", every=10, env=env, reduce=False)
+    for i, (imgs, labels) in progress:
+        imgs, labels = imgs.to(env.device, non_blocking=True), labels.to(env.device, non_blocking=True)
+        with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
+            logits = model(imgs).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        per_image = [torch.ones_like(losses), losses, hits[:, 0], hits.sum(dim=1)]
+        totals += torch.stack([values.to(exact).sum() for values in per_image])
+        progress.add(i, loss=losses.mean())
+        if progress.due(i):
+            progress.read()
+    n_images, loss, top1, top5 = (sum_over_ranks(totals) if sharded else totals).tolist()
+    stats = {"loss": loss / n_images, "acc1": 100 * top1 / n_images, "acc5": 100 * top5 / n_images}
+    log.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
+    log.info(f"Accuracy of the network on the {n_images:.0f} test images: {stats['acc1']:.1f}%")
+    return stats

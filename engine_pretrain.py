@@ -1,0 +1,46 @@
+"""One epoch of masked pretraining."""
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from util import rng
+from util.dist import Dist
+from util.log import Progress, RunLog
+from util.lr_sched import Schedule, adjust_learning_rate
+from util.step import Step
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: DataLoader,
+    step: Step,
+    schedule: Schedule,
+    epoch: int,
+    *,
+    mask_ratio: float,
+    seed: int,
+    env: Dist,
+    run_log: RunLog,
+) -> dict[str, float]:
+    """Train on every batch of `loader`; returns the epoch's mean `loss` and `lr`, over all ranks.
+
+    The number of batches is a multiple of `step.accum_iter`. Raises NonFiniteLossError, on all ranks together.
+    """
+    model.train()
+    n = len(loader)
+    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env)
+    for i, (imgs, _) in progress:
+        if i % step.accum_iter == 0:
+            lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
+        imgs = imgs.to(env.device, non_blocking=True)
+
+        rng.seed_step(seed, epoch * n + i, env.rank)  # decides the masks
+        loss = step(lambda: model(imgs, mask_ratio=mask_ratio)[0], update=(i + 1) % step.accum_iter == 0)  # noqa: B023
+
+        progress.add(i, lr=lr, loss=loss)
+        if progress.due(i):  # the only place where the host waits for the device
+            for j, values in progress.read():
+                x = int(1000 * (epoch + j / n))  # the same scale for every batch size
+                run_log.scalar("train_loss", values["loss"], x)
+                run_log.scalar("lr", values["lr"], x)
+    return progress.averages()

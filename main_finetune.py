@@ -1,0 +1,160 @@
+"""Fine-tuning a classifier from pretrained weights, and evaluation of one. Recipes: FINETUNE.md."""
+
+import argparse
+
+import torch
+from timm.data import Mixup
+from timm.layers import trunc_normal_
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+import models_vit
+from engine_finetune import evaluate, train_one_epoch
+from util import checkpoint, cli, datasets, rng
+from util.dist import init_distributed, shutdown, wrap
+from util.errors import UserError
+from util.log import RunLog, log, setup_logging
+from util.lr_decay import param_groups_lrd
+from util.lr_sched import Schedule, scaled_lr
+from util.step import Step, autocast_dtype
+from util.transforms import eval_transform, finetune_transform
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All options, without --help, so that submitit_finetune.py can take the parser as a parent."""
+    parser = argparse.ArgumentParser("MAE fine-tuning for image classification", add_help=False)
+    # defaults: the original's; the published recipes are in FINETUNE.md
+    cli.add_training_options(
+        parser, batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05
+    )
+    cli.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
+    cli.add_classifier_options(parser, global_pool=True)
+
+    add = parser.add_argument_group("regularisation").add_argument
+    add(
+        "--drop_path",
+        default=0.1,
+        type=cli.share,
+        help="stochastic depth of the last block; linear from 0 at the first",
+    )
+    add("--clip_grad", default=None, type=cli.above_zero, metavar="NORM", help="maximum gradient norm")
+    add(
+        "--layer_decay",
+        default=0.75,
+        type=cli.above_zero,
+        help="learning rate of a layer over that of the one above it",
+    )
+    add("--smoothing", default=0.1, type=cli.share, help="label smoothing: share of the target spread over all classes")
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color_jitter", default=None, type=cli.not_negative, help="strength of colour jitter; used only without --aa")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment string; '' for none")
+    add("--reprob", default=0.25, type=cli.share, help="random erasing: share of images")
+    add("--remode", default="pixel", choices=["const", "rand", "pixel"], help="random erasing: what fills the box")
+    add("--recount", default=1, type=cli.positive, help="random erasing: boxes an image")
+    add("--resplit", action="store_true", help="accepted for old command lines; no effect")
+    add("--mixup", default=0.0, type=cli.not_negative, help="mixup's alpha; 0 for none")
+    add("--cutmix", default=0.0, type=cli.not_negative, help="cutmix's alpha; 0 for none")
+    add("--cutmix_minmax", default=None, type=cli.share, nargs=2, metavar=("MIN", "MAX"),
+        help="cutmix's least and largest share of a side; overrides --cutmix")  # fmt: skip
+    add("--mixup_prob", default=1.0, type=cli.share, help="share of batches that are mixed")
+    add("--mixup_switch_prob", default=0.5, type=cli.share, help="share of cutmix where both are on")
+    add("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="one draw for a batch, pair or image")
+
+    cli.add_data_options(parser, "folder with train/<class>/ and val/<class>/")
+    cli.add_run_options(parser, save_every=1)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Fine-tune, or with --eval evaluate, as `args` says. Raises UserError for bad input before the first step."""
+    env = init_distributed(args.device, args.dist_url)
+    setup_logging(env, args.output_dir)
+    cli.warn_ineffective(args)
+    log.info(args)
+
+    # data
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2:
+        raise UserError(f"--batch_size {args.batch_size} is odd, but mixup and cutmix mix pairs: choose an even one")
+    train_files, val_files = datasets.classification_files(args.data_path, args.nb_classes, with_train=not args.eval)
+    num_workers = datasets.available_workers(args.num_workers, env)
+    val_set = datasets.Images(val_files, eval_transform(args.input_size), args.seed, args.skip_bad_images)
+    val_loader = datasets.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
+    if not args.eval:
+        transform = finetune_transform(
+            args.input_size, args.color_jitter, args.aa, args.reprob, args.remode, args.recount
+        )
+        train_set = datasets.Images(train_files, transform, args.seed, args.skip_bad_images)
+        sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
+        loader = datasets.train_loader(train_set, sampler, num_workers, args.pin_mem)
+        log.info(f"{len(train_set)} training and {len(val_set)} validation images, {len(loader)} batches an epoch")
+
+    # model
+    rng.seed_init(args.seed)
+    model = models_vit.MODELS[args.model](
+        img_size=args.input_size,
+        num_classes=args.nb_classes,
+        drop_path_rate=args.drop_path,
+        global_pool=args.global_pool,
+    )
+    dtype = autocast_dtype(args.amp, env.device)
+    if args.eval:
+        checkpoint.resume_for_eval(args.resume, model)
+        evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
+        shutdown()
+        return
+    if args.finetune:
+        # a small head starts from near-uniform predictions, so the first steps don't shake the backbone
+        trunc_normal_(model.head.weight, std=2e-5)
+        checkpoint.load_pretrained(args.finetune, model)
+    model.to(env.device)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(f"{args.model}: {n_parameters:,} parameters")
+    ddp_model = wrap(model, env)
+
+    # loss: with mixing, the targets are soft and Mixup has smoothed them already
+    mixup = criterion = None
+    if mixes:
+        mixup = Mixup(
+            args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+            label_smoothing=args.smoothing, num_classes=args.nb_classes,
+        )  # fmt: skip
+        criterion = SoftTargetCrossEntropy()
+    else:
+        criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
+
+    # optimizer
+    effective_batch = args.batch_size * args.accum_iter * env.world_size
+    lr = scaled_lr(args.lr, args.blr, effective_batch)
+    schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
+    log.info(
+        f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
+    )
+
+    # training
+    start_epoch = checkpoint.resume(args.resume, model, optimizer, step.scaler) if args.resume else args.start_epoch
+    writer = checkpoint.Writer(env, args.output_dir, args.save_every, args)
+    run_log = RunLog(env, args.output_dir, args.log_dir)
+    max_accuracy = 0.0
+    for epoch in range(start_epoch, args.epochs):
+        sampler.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            ddp_model, criterion, loader, step, schedule, epoch,
+            mixup=mixup, seed=args.seed, env=env, run_log=run_log,
+        )  # fmt: skip
+        datasets.report_bad(train_set)
+        writer.after_epoch(epoch, model, optimizer, step.scaler)
+        test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval)
+        max_accuracy = max(max_accuracy, test_stats["acc1"])
+        log.info(f"Max accuracy: {max_accuracy:.2f}%")
+        run_log.classifier_epoch(epoch, train_stats, test_stats, n_parameters)
+    run_log.close()
+    shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.parse(get_args_parser(), __doc__))

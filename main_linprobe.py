@@ -1,0 +1,104 @@
+"""Linear probing: a linear classifier on frozen features, and evaluation of one. Recipes: FINETUNE.md."""
+
+import argparse
+
+from timm.layers import trunc_normal_
+from torch import nn
+
+import models_vit
+from engine_finetune import evaluate, train_one_epoch
+from util import checkpoint, cli, datasets, rng
+from util.dist import init_distributed, shutdown, wrap
+from util.lars import LARS
+from util.log import RunLog, log, setup_logging
+from util.lr_sched import Schedule, scaled_lr
+from util.step import Step, autocast_dtype
+from util.transforms import eval_transform, linprobe_transform
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All options, without --help, so that submitit_linprobe.py can take the parser as a parent."""
+    parser = argparse.ArgumentParser("MAE linear probing for image classification", add_help=False)
+    cli.add_training_options(parser, batch_size=512, epochs=90, blr=0.1, min_lr=0.0, warmup_epochs=10, weight_decay=0)
+    cli.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
+    cli.add_classifier_options(parser, global_pool=False)
+    cli.add_data_options(parser, "folder with train/<class>/ and val/<class>/")
+    cli.add_run_options(parser, save_every=1)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Probe, or with --eval evaluate, as `args` says. Raises UserError for bad input before the first step."""
+    env = init_distributed(args.device, args.dist_url)
+    setup_logging(env, args.output_dir)
+    cli.warn_ineffective(args)
+    log.info(args)
+
+    # data
+    train_files, val_files = datasets.classification_files(args.data_path, args.nb_classes, with_train=not args.eval)
+    num_workers = datasets.available_workers(args.num_workers, env)
+    val_set = datasets.Images(val_files, eval_transform(args.input_size), args.seed, args.skip_bad_images)
+    val_loader = datasets.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
+    if not args.eval:
+        train_set = datasets.Images(train_files, linprobe_transform(args.input_size), args.seed, args.skip_bad_images)
+        sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
+        loader = datasets.train_loader(train_set, sampler, num_workers, args.pin_mem)
+        log.info(f"{len(train_set)} training and {len(val_set)} validation images, {len(loader)} batches an epoch")
+
+    # model: everything frozen but the head
+    rng.seed_init(args.seed)
+    model = models_vit.MODELS[args.model](
+        img_size=args.input_size, num_classes=args.nb_classes, global_pool=args.global_pool
+    )
+    if args.finetune and not args.eval:
+        checkpoint.load_pretrained(args.finetune, model)
+    trunc_normal_(model.head.weight, std=0.01)  # as MoCo v3's probe; a head in the checkpoint is not used
+    nn.init.zeros_(model.head.bias)
+    # features of a pretrained encoder differ in scale: normalise them without affine parameters (paper, appendix A.1)
+    model.head = nn.Sequential(nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    dtype = autocast_dtype(args.amp, env.device)
+    if args.eval:
+        checkpoint.resume_for_eval(args.resume, model)
+        evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
+        shutdown()
+        return
+    model.to(env.device)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(f"{args.model}: {n_parameters:,} trainable parameters")
+    ddp_model = wrap(model, env)
+
+    # optimizer
+    effective_batch = args.batch_size * args.accum_iter * env.world_size
+    lr = scaled_lr(args.lr, args.blr, effective_batch)
+    schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    optimizer = LARS(model.head.parameters(), lr=lr, weight_decay=args.weight_decay)
+    step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
+    criterion = nn.CrossEntropyLoss()
+    log.info(
+        f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
+    )
+
+    # training
+    start_epoch = checkpoint.resume(args.resume, model, optimizer, step.scaler) if args.resume else args.start_epoch
+    writer = checkpoint.Writer(env, args.output_dir, args.save_every, args)
+    run_log = RunLog(env, args.output_dir, args.log_dir)
+    max_accuracy = 0.0
+    for epoch in range(start_epoch, args.epochs):
+        sampler.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            ddp_model, criterion, loader, step, schedule, epoch, seed=args.seed, env=env, run_log=run_log
+        )
+        datasets.report_bad(train_set)
+        writer.after_epoch(epoch, model, optimizer, step.scaler)
+        test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval)
+        max_accuracy = max(max_accuracy, test_stats["acc1"])
+        log.info(f"Max accuracy: {max_accuracy:.2f}%")
+        run_log.classifier_epoch(epoch, train_stats, test_stats, n_parameters)
+    run_log.close()
+    shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.parse(get_args_parser(), __doc__))

@@ -1,0 +1,91 @@
+"""Masked pretraining on a folder of images: python main_pretrain.py --data_path FOLDER. Recipes: PRETRAIN.md."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from timm.optim import param_groups_weight_decay
+
+import models_mae
+from engine_pretrain import train_one_epoch
+from util import checkpoint, cli, datasets, rng
+from util.dist import init_distributed, shutdown, wrap
+from util.errors import UserError
+from util.log import RunLog, log, setup_logging
+from util.lr_sched import Schedule, scaled_lr
+from util.step import Step, autocast_dtype
+from util.transforms import pretrain_transform
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All options, without --help, so that submitit_pretrain.py can take the parser as a parent."""
+    parser = argparse.ArgumentParser("MAE pre-training", add_help=False)
+    # defaults: the original's; the published recipe is in PRETRAIN.md
+    cli.add_training_options(
+        parser, batch_size=64, epochs=400, blr=1e-3, min_lr=0.0, warmup_epochs=40, weight_decay=0.05
+    )
+    cli.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
+    mae = parser.add_argument_group("masked autoencoding")
+    mae.add_argument("--mask_ratio", default=0.75, type=cli.mask_ratio, help="share of patches removed")
+    mae.add_argument("--norm_pix_loss", action="store_true", help="predict pixels normalised per patch")
+    cli.add_data_options(parser, "folder of images: its train/ if it has one, else all images below it, at any depth")
+    cli.add_run_options(parser, save_every=20)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Pretrain as `args` says. Raises UserError for bad input before the first step."""
+    env = init_distributed(args.device, args.dist_url)
+    setup_logging(env, args.output_dir)
+    cli.warn_ineffective(args)
+    log.info(args)
+
+    # data
+    if args.data_path is None:
+        raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
+    train_folder = Path(args.data_path) / "train"
+    files = datasets.list_images(train_folder if train_folder.is_dir() else args.data_path)
+    dataset = datasets.Images(files, pretrain_transform(args.input_size), args.seed, args.skip_bad_images)
+    sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
+    num_workers = datasets.available_workers(args.num_workers, env)
+    loader = datasets.train_loader(dataset, sampler, num_workers, args.pin_mem)
+    log.info(f"{len(dataset)} training images, {len(loader)} batches an epoch")
+
+    # model
+    rng.seed_init(args.seed)
+    model = models_mae.MODELS[args.model](img_size=args.input_size, norm_pix_loss=args.norm_pix_loss)
+    models_mae.check_mask_ratio(model.patch_embed.num_patches, args.mask_ratio)
+    model.to(env.device)
+    log.info(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    ddp_model = wrap(model, env)
+
+    # optimizer: no decay on biases and norms; betas from the paper's table 8
+    effective_batch = args.batch_size * args.accum_iter * env.world_size
+    lr = scaled_lr(args.lr, args.blr, effective_batch)
+    schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=lr, betas=(0.9, 0.95))
+    dtype = autocast_dtype(args.amp, env.device)
+    step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
+    log.info(
+        f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
+    )
+
+    # training
+    start_epoch = checkpoint.resume(args.resume, model, optimizer, step.scaler) if args.resume else args.start_epoch
+    writer = checkpoint.Writer(env, args.output_dir, args.save_every, args)
+    run_log = RunLog(env, args.output_dir, args.log_dir)
+    for epoch in range(start_epoch, args.epochs):
+        sampler.set_epoch(epoch)
+        stats = train_one_epoch(
+            ddp_model, loader, step, schedule, epoch,
+            mask_ratio=args.mask_ratio, seed=args.seed, env=env, run_log=run_log,
+        )  # fmt: skip
+        datasets.report_bad(dataset)
+        writer.after_epoch(epoch, model, optimizer, step.scaler)
+        run_log.write({"train_lr": stats["lr"], "train_loss": stats["loss"], "epoch": epoch})
+    run_log.close()
+    shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.parse(get_args_parser(), __doc__))

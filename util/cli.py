@@ -1,0 +1,190 @@
+"""Options that several scripts share, each declared once, and the checks that need no data."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from util.errors import UserError
+from util.log import log
+
+
+class _Help(argparse.HelpFormatter):
+    """Appends each option's default to its help text."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is argparse.SUPPRESS or "(default" in action.help:
+            return action.help
+        default = action.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif default in (None, ""):
+            default = "none"
+        return f"{action.help} (default: {default})"
+
+
+def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.Namespace:
+    """Read the command line with `script_parser` (made with add_help=False) and warn of options without effect."""
+    parser = argparse.ArgumentParser(parents=[script_parser], description=description, formatter_class=_Help)
+    return parser.parse_args()
+
+
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call `main(args)`; a UserError ends the process with its message alone and exit code 2."""
+    try:
+        main(args)
+    except UserError as error:
+        fail(error)
+
+
+def fail(error: UserError) -> NoReturn:
+    """Print the message without a traceback and leave with exit code 2, as argparse does."""
+    print(f"error: {error.message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def warn_ineffective(args: argparse.Namespace) -> None:
+    """Name the options that are accepted for old command lines and do nothing."""
+    ineffective = {"local_rank": -1, "resplit": False, "dist_on_itp": False, "world_size": 1}
+    given = [f"--{name}" for name, default in ineffective.items() if getattr(args, name, default) != default]
+    if given:
+        log.warning(f"no effect here: {', '.join(given)} (processes are counted by the launcher's environment)")
+
+
+def positive(text: str) -> int:
+    """Option type: an integer above 0."""
+    if (value := _number(int, text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """Option type: a finite number of 0 or more."""
+    if (value := _number(float, text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def count(text: str) -> int:
+    """Option type: an integer of 0 or more."""
+    if (value := _number(int, text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Option type: a finite number above 0."""
+    if (value := _number(float, text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """Option type: a number from 0 to 1."""
+    if not 0 <= (value := _number(float, text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
+def mask_ratio(text: str) -> float:
+    """Option type: a number above 0 (else nothing is left to predict) and below 1 (else nothing to encode)."""
+    if not 0 < (value := _number(float, text)) < 1:
+        reason = "removes nothing, so there is nothing to predict" if value <= 0 else "keeps nothing to encode"
+        raise argparse.ArgumentTypeError(f"{text} {reason}: choose above 0 and below 1, such as 0.75")
+    return value
+
+
+def _number(kind: type, text: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
+class _SizeAction(argparse.Action):
+    """One number is a square's side; two are (height, width)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"argument --input_size: expected a side, or height and width, got {len(values)} numbers")
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
+
+
+def add_training_options(
+    parser: argparse.ArgumentParser, *, batch_size: int, epochs: int, blr: float, min_lr: float, warmup_epochs: int,
+    weight_decay: float,
+) -> None:  # fmt: skip
+    """Batch, length, learning rate and precision. The defaults are each recipe's."""
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--batch_size", default=batch_size, type=positive, metavar="N", help="images per process and forward pass")
+    add("--epochs", default=epochs, type=positive, metavar="N", help="passes over the training images")
+    add("--accum_iter", default=1, type=positive, metavar="N", help="forward passes per optimizer step")
+    add("--lr", default=None, type=not_negative, help="absolute learning rate; overrides --blr")
+    add("--blr", default=blr, type=not_negative,
+        help="base learning rate: lr = blr x effective batch / 256; effective batch = batch_size x accum_iter x "
+        "processes")  # fmt: skip
+    add("--min_lr", default=min_lr, type=not_negative, help="learning rate at the end of the cosine, absolute")
+    add("--warmup_epochs", default=warmup_epochs, type=not_negative, metavar="N", help="epochs of linear warm-up")
+    add("--weight_decay", default=weight_decay, type=not_negative, help="weight decay, as a share per unit of lr")
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
+        help="precision of matrix products; auto: bf16 where the device computes in it, else fp16 with loss scaling on "
+        "CUDA, else off (float32)")  # fmt: skip
+    add("--seed", default=0, type=count, help="decides weights, order, augmentation and masks")
+
+
+def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callable], default: str) -> None:
+    """--model, one of `models`, and its --input_size."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default=default, choices=list(models), metavar="NAME", help=f"one of: {', '.join(models)}"
+    )
+    group.add_argument(
+        "--input_size", default=224, type=positive, nargs="+", action=_SizeAction, metavar="PIXELS",
+        help="image side in pixels, or height and width; a multiple of the patch size",
+    )  # fmt: skip
+
+
+def add_data_options(parser: argparse.ArgumentParser, data_path_help: str) -> None:
+    """Where images come from and who loads them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=None, metavar="FOLDER", help=data_path_help)
+    add("--skip_bad_images", action="store_true",
+        help="replace files that cannot be decoded by the next good one and list them each epoch")  # fmt: skip
+    add("--num_workers", default=10, type=count, metavar="N",
+        help="loader workers per process; capped at the process's share of the cores")  # fmt: skip
+    add("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to a GPU")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory (default: off)")
+
+
+def add_classifier_options(parser: argparse.ArgumentParser, *, global_pool: bool) -> None:
+    """What fine-tuning and the linear probe share."""
+    add = parser.add_argument_group("classifier").add_argument
+    add("--finetune", default="", metavar="FILE", help="pretrained checkpoint to start from: a path or an https URL")
+    add("--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens")
+    add("--cls_token", action="store_false", dest="global_pool",
+        help=f"classify the class token (default: {'off' if global_pool else 'on'})")  # fmt: skip
+    add("--nb_classes", default=1000, type=positive, metavar="N", help="number of classes")
+    add("--eval", action="store_true", help="evaluate --resume on val/ and leave")
+    add("--dist_eval", action="store_true", help="share the evaluation among the processes")
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None:
+    """Files, device and launcher."""
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="./output_dir", metavar="FOLDER", help="for checkpoints and log.txt; '' saves nothing")
+    add("--log_dir", default="./output_dir", metavar="FOLDER", help="for TensorBoard; '' writes none")
+    add("--save_every", default=save_every, type=positive, metavar="EPOCHS",
+        help="epochs between checkpoints; the last is always saved")  # fmt: skip
+    add("--resume", default="", metavar="FILE", help="checkpoint to continue: a path or an https URL")
+    add("--start_epoch", default=0, type=count, metavar="N", help="first epoch, where --resume does not tell it")
+    add("--device", default="auto", help="auto (the best of cuda, mps, cpu), cuda, mps or cpu")
+    add("--dist_url", default="env://", help="where processes meet; env:// takes the launcher's environment")
+    add("--world_size", default=1, type=int, help="accepted for old command lines; the launcher decides")
+    add("--local_rank", default=-1, type=int, help="accepted for old command lines; the launcher decides")
+    add("--dist_on_itp", action="store_true", help="accepted for old command lines; mpirun is recognised anyway")

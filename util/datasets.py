@@ -1,0 +1,224 @@
+"""Where images come from: files on disk, decoded to RGB, transformed, in an order set by (seed, epoch)."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+
+from util import rng
+from util.dist import Dist
+from util.errors import UserError
+from util.log import log
+
+# Pillow warns that a palette's transparency gets lost in RGB, which is what the recipe wants
+warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
+
+
+def load_rgb(path: str) -> Image.Image:
+    """File -> RGB image, as Pillow's convert("RGB"), but 16-bit grey is scaled to 8 bits (Pillow clips it to white).
+
+    EXIF orientation is ignored, as in the original recipe.
+    """
+    with open(path, "rb") as file:
+        image = Image.open(file)
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            wide = np.asarray(image).astype(np.float64)
+            image = Image.fromarray(np.clip(np.round(wide / 257), 0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def list_images(root: str | Path) -> list[tuple[str, int]]:
+    """Folder -> [(path, -1), ...]: all images below it, at any depth, in sorted order; no labels.
+
+    Raises UserError where the folder is missing or holds no image.
+    """
+    root = _existing_folder(root)
+    files = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders.sort()
+        files += [
+            (os.path.join(folder, name), -1)
+            for name in sorted(names)
+            if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith(".")
+        ]
+    if not files:
+        raise UserError(f"no images below {root}: expected files ending in {' '.join(IMG_EXTENSIONS)}")
+    return files
+
+
+def list_classes(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
+    """Folder of class folders -> ([(path, label), ...], class names); labels count the sorted class names.
+
+    Raises UserError where the folder is missing, has no class folder, or one of them holds no image.
+    """
+    root = _existing_folder(root)
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"no class folders in {root}: expected {root}/<class>/<image>")
+    labels = {name: label for label, name in enumerate(classes)}
+    files = make_dataset(str(root), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+    empty = sorted(set(classes) - {classes[label] for _, label in files})
+    if empty:
+        raise UserError(
+            f"{len(empty)} class folders of {root} hold no image, such as {empty[0]!r}: fill or remove them"
+        )
+    return files, classes
+
+
+def classification_files(
+    data_path: str | None, nb_classes: int, with_train: bool
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Folder with train/ and val/ -> (train files, val files); train is empty without `with_train`.
+
+    Raises UserError where a split is missing or empty, or the class folders don't fit each other or `nb_classes`.
+    """
+    if data_path is None:
+        raise UserError("--data_path is not given: name a folder with train/<class>/ and val/<class>/")
+    val_files, classes = list_classes(Path(data_path) / "val")
+    train_files, train_classes = list_classes(Path(data_path) / "train") if with_train else ([], classes)
+    _check_classes(train_classes, classes, nb_classes)
+    return train_files, val_files
+
+
+def _check_classes(train: list[str], val: list[str], nb_classes: int) -> None:
+    if train != val:
+        only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+        raise UserError(
+            f"train and val have different class folders: {len(only_train)} only in train {only_train[:3]}, "
+            f"{len(only_val)} only in val {only_val[:3]}"
+        )
+    if len(train) != nb_classes:
+        raise UserError(f"--nb_classes {nb_classes}, but the data has {len(train)} class folders: pass that number")
+
+
+def _existing_folder(root: str | Path) -> Path:
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: --data_path must hold train/ and val/ (pretraining: any folder of images)")
+    return root
+
+
+class Images(Dataset):
+    """Images from files. Item (epoch, index) is augmented by (seed, epoch, index); item `index` draws nothing.
+
+    A file that can't be decoded raises UserError with its name; with `skip_bad` the next good one takes its place, and
+    `take_bad()` lists it.
+    """
+
+    def __init__(
+        self, files: list[tuple[str, int]], transform: Callable, seed: int = 0, skip_bad: bool = False
+    ) -> None:
+        self.files, self.transform, self.seed, self.skip_bad = files, transform, seed, skip_bad
+        # a flag a file, in memory that loader workers share with the trainer
+        self.bad = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, index = key if isinstance(key, tuple) else (None, key)
+        image, label = self._load(index)
+        if epoch is not None:
+            rng.seed_sample(self.seed, epoch, index)
+        return self.transform(image), label
+
+    def _load(self, index: int) -> tuple[Image.Image, int]:
+        for offset in range(len(self)):
+            path, label = self.files[(index + offset) % len(self)]
+            try:
+                return load_rgb(path), label
+            except Exception as error:  # decoders raise whatever they like
+                if not self.skip_bad:
+                    raise UserError(
+                        f"cannot decode {path} ({type(error).__name__}: {error}): mend or remove it, or pass "
+                        "--skip_bad_images"
+                    ) from error
+                self.bad[(index + offset) % len(self)] = 1
+        raise UserError(f"none of the {len(self)} images can be decoded, such as {self.files[0][0]}")
+
+    def take_bad(self) -> list[str]:
+        """Paths of the files skipped since the last call."""
+        paths = [self.files[i][0] for i in self.bad.nonzero().flatten().tolist()]
+        self.bad.zero_()
+        return paths
+
+
+def report_bad(dataset: Images) -> None:
+    """Log the files that were skipped in this epoch, if any."""
+    paths = dataset.take_bad()
+    if paths:
+        shown = "\n  ".join(paths[:20]) + ("\n  ..." if len(paths) > 20 else "")
+        log.warning(f"skipped {len(paths)} images that cannot be decoded:\n  {shown}")
+
+
+class TrainSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys for one rank; the order comes from (seed, epoch).
+
+    Each optimizer step takes the next batch_size * accum_iter * world_size images of the order, whichever way these
+    three make up the product; what does not fill a step at the end is dropped. Raises UserError where nothing does.
+    """
+
+    def __init__(self, n_images: int, batch_size: int, accum_iter: int, env: Dist, seed: int) -> None:
+        self.n_images, self.batch_size, self.env, self.seed = n_images, batch_size, env, seed
+        effective_batch = batch_size * accum_iter * env.world_size
+        self.n_batches = n_images // effective_batch * accum_iter
+        if self.n_batches == 0:
+            raise UserError(
+                f"{n_images} training images do not fill one step of {effective_batch} (batch_size {batch_size} x "
+                f"accum_iter {accum_iter} x {env.world_size} processes): lower --batch_size"
+            )
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next pass over the sampler belongs to."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = rng.image_order(self.seed, self.epoch, self.n_images)
+        for i in range(self.n_batches):
+            first = (i * self.env.world_size + self.env.rank) * self.batch_size
+            yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
+
+
+def train_loader(dataset: Images, sampler: TrainSampler, num_workers: int, pin_mem: bool) -> DataLoader:
+    """Batches (images [N, 3, H, W], labels [N]) in the order of the sampler."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_mem and sampler.env.device.type == "cuda",
+        persistent_workers=num_workers > 0,
+    )
+
+
+def eval_loader(
+    dataset: Images, batch_size: int, env: Dist, sharded: bool, num_workers: int, pin_mem: bool
+) -> DataLoader:
+    """Every image once, in order; with `sharded`, once over all ranks together (their shares may differ by one)."""
+    indices = range(env.rank, len(dataset), env.world_size) if sharded else range(len(dataset))
+    return DataLoader(
+        dataset,
+        sampler=indices,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_mem and env.device.type == "cuda",
+        persistent_workers=num_workers > 0 and len(indices) > 0,
+    )
+
+
+def available_workers(num_workers: int, env: Dist) -> int:
+    """`num_workers` per process, capped at this process's share of the machine's cores, with a line saying so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(cores // env.local_world_size, 1)
+    if num_workers > share:
+        log.info(f"--num_workers {num_workers} capped at {share}: {cores} cores, {env.local_world_size} processes here")
+    return min(num_workers, share)

@@ -1,0 +1,144 @@
+"""Start and end of the process group. The only reader of launcher variables (torchrun, srun, mpirun)."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import nn
+
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Where this process stands: `rank` among `world_size`, `local_rank` among `local_world_size` of its node."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files."""
+        return self.rank == 0
+
+
+def init_distributed(device: str = "auto", dist_url: str = "env://") -> Dist:
+    """Join the group that the launcher describes, or stand alone where there is none.
+
+    `device`: auto (cuda, then mps, then cpu), cuda, mps or cpu. Raises UserError where the device is not there.
+    """
+    launch = _launched_by_torchrun() or _launched_by_srun() or _launched_by_mpirun()
+    if launch is None:
+        return Dist(_pick_device(device, 0))
+    rank, local_rank, world_size, local_world_size = launch
+    place = _pick_device(device, local_rank)
+    if place.type == "mps":
+        raise UserError("--device mps trains in a single process: start it without a launcher, or with --device cpu")
+    torch.distributed.init_process_group(
+        backend="nccl" if place.type == "cuda" else "gloo",
+        init_method=dist_url,
+        rank=rank,
+        world_size=world_size,
+        device_id=place if place.type == "cuda" else None,
+    )
+    return Dist(place, rank, local_rank, world_size, local_world_size)
+
+
+def shutdown() -> None:
+    """Leave the group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _launched_by_torchrun() -> tuple[int, int, int, int] | None:
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    env = os.environ
+    local_rank = int(env.get("LOCAL_RANK", 0))
+    return int(env["RANK"]), local_rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _launched_by_srun() -> tuple[int, int, int, int] | None:
+    # a batch script has SLURM_PROCID and SLURM_NTASKS too, but only srun's tasks are in a step with a task count
+    env = os.environ
+    n_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if "SLURM_PROCID" not in env or n_tasks == 1:
+        return None
+    n_nodes = int(env.get("SLURM_STEP_NUM_NODES", 1))
+    if "MASTER_ADDR" not in env:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+        )
+        env["MASTER_ADDR"] = hosts.stdout.split()[0] if n_nodes > 1 else "127.0.0.1"
+    # the same port on all nodes, another for every job and step
+    env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % 20000))
+    return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), n_tasks, -(-n_tasks // n_nodes)
+
+
+def _launched_by_mpirun() -> tuple[int, int, int, int] | None:
+    env = os.environ
+    if "OMPI_COMM_WORLD_RANK" not in env or "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        return None
+    return (
+        int(env["OMPI_COMM_WORLD_RANK"]),
+        int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        int(env["OMPI_COMM_WORLD_SIZE"]),
+        int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]),
+    )
+
+
+def _pick_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(
+                "--device cuda: this torch sees no CUDA GPU; use --device cpu (or auto), or mend the driver"
+            )
+        n_gpus = torch.cuda.device_count()
+        # a launcher that binds one GPU to each process shows each of them a single one, with index 0
+        index = local_rank if n_gpus > 1 else 0
+        if index >= n_gpus:
+            raise UserError(f"process {local_rank} of this node has no GPU of its own: there are {n_gpus}; start fewer")
+        if ":" not in name:
+            name = f"cuda:{index}"
+        torch.cuda.set_device(name)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu (or auto)")
+    return torch.device(name)
+
+
+def wrap(model: nn.Module, env: Dist) -> nn.Module:
+    """The model, in DistributedDataParallel where there are several processes."""
+    if env.world_size == 1:
+        return model
+    device_ids = [env.device.index] if env.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """[...] -> [...]: the sum over all processes, in place; the tensor itself where there is one process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """[...] -> [...]: the mean over all processes, in place."""
+    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return sum_over_ranks(tensor).div_(world_size)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of rank 0 (running statistics), so that all evaluate the same model."""
+    if torch.distributed.is_initialized():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)

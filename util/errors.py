@@ -1,0 +1,10 @@
+"""The one exception that is meant for the user and not for the developer."""
+
+
+class UserError(ValueError):
+    """Bad input: the message names the value and the remedy. Scripts print it without a traceback and exit with 2."""
+
+    @property
+    def message(self) -> str:
+        """The message alone: a loader worker's exception arrives with the worker's traceback in front of it."""
+        return str(self).rsplit("UserError: ", 1)[-1].strip()

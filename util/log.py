@@ -1,0 +1,170 @@
+"""What a run says: messages, progress through an epoch, log.txt and TensorBoard."""
+
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from util.dist import Dist, mean_over_ranks
+
+log = logging.getLogger("mae")
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the message names the steps between which it happened."""
+
+
+def setup_logging(env: Dist, output_dir: str) -> None:
+    """Rank 0 writes messages to the terminal and to `output_dir`/train.log; other ranks write their warnings only."""
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.DEBUG if env.is_main else logging.WARNING)
+    console = logging.StreamHandler(sys.stdout)
+    # on a terminal a bar shows the steps, and the lines about them go to the file alone
+    console.setLevel(logging.INFO if sys.stdout.isatty() else logging.DEBUG)
+    console.setFormatter(logging.Formatter("%(message)s" if env.is_main else f"[rank {env.rank}] %(message)s"))
+    log.addHandler(console)
+    if env.is_main and output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(Path(output_dir) / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(file)
+
+
+class RunLog:
+    """log.txt (a JSON object a line) in `output_dir`, and TensorBoard in `log_dir`; on rank 0, where each is given."""
+
+    def __init__(self, env: Dist, output_dir: str, log_dir: str) -> None:
+        self.path = Path(output_dir) / "log.txt" if env.is_main and output_dir else None
+        self.writer = SummaryWriter(log_dir) if env.is_main and log_dir else None
+
+    def write(self, stats: dict[str, float]) -> None:
+        """Append one line to log.txt."""
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(stats) + "\n")
+
+    def classifier_epoch(
+        self, epoch: int, train_stats: dict[str, float], test_stats: dict[str, float], n_parameters: int
+    ) -> None:
+        """An epoch of fine-tuning or probing, to log.txt and TensorBoard."""
+        for name in ("acc1", "acc5", "loss"):
+            self.scalar(f"perf/test_{name}", test_stats[name], epoch)
+        train = {f"train_{name}": train_stats[name] for name in ("lr", "loss")}
+        test = {f"test_{name}": test_stats[name] for name in ("loss", "acc1", "acc5")}
+        self.write({**train, **test, "epoch": epoch, "n_parameters": n_parameters})
+
+    def scalar(self, tag: str, value: float, x: int) -> None:
+        """One point of a TensorBoard curve."""
+        if self.writer:
+            self.writer.add_scalar(tag, value, x)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        if self.writer:
+            self.writer.close()
+
+
+class Progress:
+    """Iterates over a loader, keeps each step's values on the device, and reads them once every `every` steps.
+
+    Between two reads the device never waits for the host. On a terminal it draws a bar; elsewhere each read is a line.
+    """
+
+    def __init__(self, loader: DataLoader, header: str, every: int, env: Dist, reduce: bool = True) -> None:
+        self.loader, self.header, self.every, self.env, self.reduce = loader, header, every, env, reduce
+        self.total = len(loader)
+        self.pending: list[tuple[int, dict[str, float], torch.Tensor]] = []
+        self.windows: dict[str, deque[float]] = {}
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.data_seconds = 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, object]]:
+        """Yield (iteration, batch)."""
+        bar_hidden = not (self.env.is_main and sys.stdout.isatty())
+        self.bar = tqdm(total=self.total, desc=self.header, disable=bar_hidden, dynamic_ncols=True, leave=False)
+        self.start = self.last_read = time.perf_counter()
+        waiting_since = self.start
+        for iteration, batch in enumerate(self.loader):
+            self.data_seconds += time.perf_counter() - waiting_since
+            yield iteration, batch
+            self.bar.update()
+            waiting_since = time.perf_counter()
+        self.bar.close()
+        elapsed = time.perf_counter() - self.start
+        total = timedelta(seconds=int(elapsed))
+        log.info(f"{self.header} Total time: {total} ({elapsed / max(self.total, 1):.4f} s / it)")
+
+    def add(self, iteration: int, loss: torch.Tensor, **values: float) -> None:
+        """Note one step: its loss, left on the device, and numbers that the host already knows."""
+        self.pending.append((iteration, values, loss))
+
+    def due(self, iteration: int) -> bool:
+        """True every `every` steps and at the last one."""
+        return iteration % self.every == 0 or iteration == self.total - 1
+
+    def read(self) -> list[tuple[int, dict[str, float]]]:
+        """Wait for the device, average the noted losses over ranks, log a line; returns [(iteration, values), ...].
+
+        Raises NonFiniteLossError on all ranks together: a NaN on one of them makes the mean NaN.
+        """
+        losses = torch.stack([loss for _, _, loss in self.pending]).float()
+        if self.reduce:
+            losses = mean_over_ranks(losses)
+        steps = [
+            (iteration, {**values, "loss": loss})
+            for (iteration, values, _), loss in zip(self.pending, losses.tolist(), strict=True)
+        ]
+        self.pending.clear()
+        for _, values in steps:
+            for name, value in values.items():
+                self.windows.setdefault(name, deque(maxlen=20)).append(value)
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+        self._check_finite(steps)
+        self._log_line(steps[-1][0], len(steps))
+        return steps
+
+    def averages(self) -> dict[str, float]:
+        """Name -> mean over all steps read so far."""
+        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+
+    def _check_finite(self, steps: list[tuple[int, dict[str, float]]]) -> None:
+        bad = [iteration for iteration, values in steps if not math.isfinite(values["loss"])]
+        if bad and self.reduce:
+            raise NonFiniteLossError(
+                f"{self.header} the loss became non-finite at iteration {bad[0]} of {self.total} (read at iterations "
+                f"{steps[0][0]} to {steps[-1][0]}; lr {steps[0][1].get('lr', math.nan):.3g}). Nothing was saved since. "
+                "Resume from the last checkpoint with a lower --blr, a longer --warmup_epochs or --amp off"
+            )
+
+    def _log_line(self, iteration: int, n_steps: int) -> None:
+        now = time.perf_counter()
+        # the host runs ahead of the device, so single steps can't be timed: these are means since the last read
+        step_seconds = (now - self.last_read) / n_steps
+        data_seconds = self.data_seconds / n_steps
+        self.last_read, self.data_seconds = now, 0.0
+        eta = timedelta(seconds=int((now - self.start) / (iteration + 1) * (self.total - iteration - 1)))
+        parts = [f"{self.header}  [{iteration:>{len(str(self.total))}}/{self.total}]", f"eta: {eta}"]
+        for name, window in self.windows.items():
+            if name == "loss":
+                parts.append(f"loss: {statistics.median(window):.4f} ({self.sums[name] / self.counts[name]:.4f})")
+            else:
+                parts.append(f"{name}: {window[-1]:.6f}")
+        parts += [f"time: {step_seconds:.4f}", f"data: {data_seconds:.4f}"]
+        if self.env.device.type == "cuda":
+            parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
+        log.debug("  ".join(parts))
+        self.bar.set_postfix_str("  ".join(parts[2:-1]), refresh=False)

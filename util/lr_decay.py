@@ -1,0 +1,43 @@
+"""Layer-wise learning-rate decay for fine-tuning (Clark et al. 2020, ELECTRA; BEiT, Bao et al. 2021)."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+
+def param_groups_lrd(
+    model: nn.Module,
+    weight_decay: float = 0.05,
+    no_weight_decay_list: Collection[str] = (),
+    layer_decay: float = 0.75,
+) -> list[dict]:
+    """Model -> optimizer groups, each with `lr_scale` = layer_decay^(depth + 1 - layer) and its `weight_decay`.
+
+    Layer 0: patch embedding, class token, positions; layer i + 1: block i; layer depth + 1 (scale 1): the rest.
+    One-dimensional parameters and those of `no_weight_decay_list` are not decayed; frozen ones are left out.
+    """
+    depth = len(model.blocks)
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        layer = _layer_of(name, depth)
+        decayed = param.ndim > 1 and name not in no_weight_decay_list
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "params": [],
+                "lr_scale": layer_decay ** (depth + 1 - layer),
+                "weight_decay": weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(param)
+    return list(groups.values())
+
+
+def _layer_of(name: str, depth: int) -> int:
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1

@@ -1,0 +1,72 @@
+"""One optimizer step: precision, gradient accumulation, loss scaling, clipping."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """--amp (auto, bf16, fp16, off) -> the dtype to compute in, None for float32.
+
+    auto: bf16 where the device computes in it; else fp16, with loss scaling, on CUDA; else float32.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            amp = "bf16" if device.type == "cpu" and _cpu_computes_bf16() else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def _cpu_computes_bf16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in old releases
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class Step:
+    """Forward and backward in the chosen precision; every `accum_iter`-th call updates the weights.
+
+    Nothing here waits for the device. `grad_norm` is the norm of the last update's gradient before clipping, on the
+    device, or None where `clip_grad` (a maximum norm) is None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        accum_iter: int = 1,
+        clip_grad: float | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.accum_iter, self.clip_grad = accum_iter, clip_grad
+        self.device, self.dtype = device, dtype
+        # only fp16 has too few exponent bits for small gradients; disabled, the scaler passes everything through
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self.grad_norm: torch.Tensor | None = None
+
+    def __call__(self, forward: Callable[[], torch.Tensor], update: bool) -> torch.Tensor:
+        """`forward()` -> scalar loss; add its gradients, and with `update` take the optimizer step. Returns the loss,
+        detached, on the device.
+        """
+        sync = contextlib.nullcontext()
+        if not update and isinstance(self.model, nn.parallel.DistributedDataParallel):
+            sync = self.model.no_sync()  # gradients travel once per optimizer step, with its last backward
+        with sync:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                loss = forward()
+            self.scaler.scale(loss / self.accum_iter).backward()
+        if update:
+            self._update()
+        return loss.detach()
+
+    def _update(self) -> None:
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.scaler.step(self.optimizer)  # skips the step where scaled gradients overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad()

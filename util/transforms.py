@@ -1,0 +1,64 @@
+"""From an RGB image to a normalised tensor, for each recipe. Sizes are one number or (height, width), in pixels."""
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.transforms import ResizeKeepRatio
+from torchvision import transforms
+
+from util.crop import RandomResizedCrop
+
+BICUBIC = transforms.InterpolationMode.BICUBIC
+Size = int | tuple[int, int]
+
+
+def _tensor() -> list:
+    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+
+
+def pretrain_transform(size: Size) -> transforms.Compose:
+    """Image -> [3, H, W]: random resized crop of 20 to 100 % of the area, flip (paper, appendix A.1)."""
+    crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *_tensor()])
+
+
+def linprobe_transform(size: Size) -> transforms.Compose:
+    """Image -> [3, H, W]: TensorFlow's random resized crop, flip; nothing stronger (paper, table 10)."""
+    crop = RandomResizedCrop(size, interpolation=BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *_tensor()])
+
+
+def finetune_transform(
+    size: Size,
+    color_jitter: float | None,
+    aa: str | None,
+    reprob: float,
+    remode: str,
+    recount: int,
+) -> transforms.Compose:
+    """Image -> [3, H, W]: timm's crop, flip, RandAugment `aa` (or `color_jitter` without it), random erasing."""
+    return create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=color_jitter,
+        auto_augment=aa,
+        interpolation="bicubic",
+        re_prob=reprob,
+        re_mode=remode,
+        re_count=recount,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+    )
+
+
+def eval_transform(size: Size) -> transforms.Compose:
+    """Image -> [3, H, W]: resize, centre crop. Up to 224 pixels the crop takes 224/256 of the resized side, above all.
+
+    A square crop resizes the shorter side; a rectangle resizes until the image covers it.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    crop_share = 224 / 256 if max(sides) <= 224 else 1.0
+    height, width = (int(side / crop_share) for side in sides)
+    if height == width:
+        resize = transforms.Resize(height, interpolation=BICUBIC)
+    else:
+        resize = ResizeKeepRatio((height, width), interpolation="bicubic")
+    return transforms.Compose([resize, transforms.CenterCrop(sides), *_tensor()])
