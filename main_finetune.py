@@ -44,7 +44,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=cli.above_zero,
         help="learning rate of a layer over that of the one above it",
     )
-    add("--smoothing", default=0.1, type=cli.share, help="label smoothing: share of the target spread over all classes")
+    add(
+        "--smoothing",
+        default=0.1,
+        type=cli.share_below_1,
+        help="label smoothing: share of the target spread over all classes",
+    )
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", default=None, type=cli.not_negative, help="strength of colour jitter; used only without --aa")
@@ -75,6 +80,8 @@ def main(args: argparse.Namespace) -> None:
 
     # data
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if args.cutmix_minmax is not None and not args.cutmix_minmax[0] < args.cutmix_minmax[1]:
+        raise UserError(f"--cutmix_minmax {args.cutmix_minmax}: the first number must be below the second")
     if mixes and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} is odd, but mixup and cutmix mix pairs: choose an even one")
     train_files, val_files = datasets.classification_files(args.data_path, args.nb_classes, with_train=not args.eval)
@@ -102,6 +109,7 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         checkpoint.resume_for_eval(args.resume, model)
         evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
+        datasets.report_bad(val_set)
         shutdown()
         return
     if args.finetune:
@@ -149,6 +157,7 @@ def main(args: argparse.Namespace) -> None:
         datasets.report_bad(train_set)
         writer.after_epoch(epoch, model, optimizer, step.scaler)
         test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval)
+        datasets.report_bad(val_set)
         max_accuracy = max(max_accuracy, test_stats["acc1"])
         log.info(f"Max accuracy: {max_accuracy:.2f}%")
         run_log.classifier_epoch(epoch, train_stats, test_stats, n_parameters)

@@ -62,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:
         checkpoint.resume_for_eval(args.resume, model)
         evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
+        datasets.report_bad(val_set)
         shutdown()
         return
     model.to(env.device)
@@ -93,6 +94,7 @@ def main(args: argparse.Namespace) -> None:
         datasets.report_bad(train_set)
         writer.after_epoch(epoch, model, optimizer, step.scaler)
         test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval)
+        datasets.report_bad(val_set)
         max_accuracy = max(max_accuracy, test_stats["acc1"])
         log.info(f"Max accuracy: {max_accuracy:.2f}%")
         run_log.classifier_epoch(epoch, train_stats, test_stats, n_parameters)

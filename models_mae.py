@@ -143,11 +143,20 @@ class MaskedAutoencoderViT(nn.Module):
         """[N, C, H, W] -> (latent [N, 1 + K, D], mask [N, L], ids_restore [N, L]). mask_ratio 0 keeps all patches."""
         tokens = self.patch_embed(imgs) + self.pos_embed[:, 1:]
         kept, mask, ids_restore = self.random_masking(tokens, mask_ratio, noise)
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(imgs), -1, -1)
-        latent = torch.cat([cls_token, kept], dim=1)
+        return self._encode_tokens(kept), mask, ids_restore
+
+    def _encode_tokens(self, patches: torch.Tensor) -> torch.Tensor:
+        """[N, K, D] -> [N, 1 + K, D]: prepend the class token, then blocks and norm."""
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        tokens = torch.cat([cls_token, patches], dim=1)
         for block in self.blocks:
-            latent = block(latent)
-        return self.norm(latent), mask, ids_restore
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def encode(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, C, H, W] -> (class token [N, D], patch map [N, D, H/P, W/P]): features of whole images, no mask."""
+        latent = self._encode_tokens(self.patch_embed(imgs) + self.pos_embed[:, 1:])
+        return latent[:, 0], latent[:, 1:].transpose(1, 2).unflatten(2, self.patch_embed.grid_size)
 
     def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
         """(latent [N, 1 + K, D], ids_restore [N, L]) -> pred [N, L, P*P*C]."""

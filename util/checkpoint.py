@@ -87,7 +87,7 @@ def load(path_or_url: str | Path) -> dict:
             f"{path} was refused, and nothing of it was run: it is not a torch checkpoint, or it holds other objects "
             f"than tensors, plain values and argparse.Namespace ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # garbage makes the reader raise whatever it likes; nothing of the file is run
         raise UserError(f"{path} cannot be read as a checkpoint; is it complete? ({_first_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of this project: it has no state dict under the key 'model'")

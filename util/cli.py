@@ -87,6 +87,13 @@ def share(text: str) -> float:
     return value
 
 
+def share_below_1(text: str) -> float:
+    """Option type: a number from 0 to below 1."""
+    if (value := share(text)) == 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
+    return value
+
+
 def mask_ratio(text: str) -> float:
     """Option type: a number above 0 (else nothing is left to predict) and below 1 (else nothing to encode)."""
     if not 0 < (value := _number(float, text)) < 1:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from util import rng
-from util.dist import Dist
+from util.dist import Dist, available_cores
 from util.errors import UserError
 from util.log import log
 
@@ -39,14 +39,7 @@ def list_images(root: str | Path) -> list[tuple[str, int]]:
     Raises UserError where the folder is missing or holds no image.
     """
     root = _existing_folder(root)
-    files = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders.sort()
-        files += [
-            (os.path.join(folder, name), -1)
-            for name in sorted(names)
-            if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith(".")
-        ]
+    files = [(path, -1) for path in _image_paths(root)]
     if not files:
         raise UserError(f"no images below {root}: expected files ending in {' '.join(IMG_EXTENSIONS)}")
     return files
@@ -62,13 +55,22 @@ def list_classes(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
     if not classes:
         raise UserError(f"no class folders in {root}: expected {root}/<class>/<image>")
     labels = {name: label for label, name in enumerate(classes)}
-    files = make_dataset(str(root), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+    files = [(path, label) for name, label in labels.items() for path in _image_paths(root / name)]
     empty = sorted(set(classes) - {classes[label] for _, label in files})
     if empty:
         raise UserError(
             f"{len(empty)} class folders of {root} hold no image, such as {empty[0]!r}: fill or remove them"
         )
     return files, classes
+
+
+def _image_paths(root: Path) -> Iterator[str]:
+    """All image files below `root`, in sorted order; hidden files and folders left out."""
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith("."):
+                yield os.path.join(folder, name)
 
 
 def classification_files(
@@ -217,7 +219,7 @@ def eval_loader(
 
 def available_workers(num_workers: int, env: Dist) -> int:
     """`num_workers` per process, capped at this process's share of the machine's cores, with a line saying so."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     share = max(cores // env.local_world_size, 1)
     if num_workers > share:
         log.info(f"--num_workers {num_workers} capped at {share}: {cores} cores, {env.local_world_size} processes here")

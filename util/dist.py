@@ -36,6 +36,9 @@ def init_distributed(device: str = "auto", dist_url: str = "env://") -> Dist:
     if launch is None:
         return Dist(_pick_device(device, 0))
     rank, local_rank, world_size, local_world_size = launch
+    if "OMP_NUM_THREADS" not in os.environ:
+        # each process would take all cores for its arithmetic, and they would wait for one another (torchrun sets it)
+        torch.set_num_threads(max(available_cores() // local_world_size, 1))
     place = _pick_device(device, local_rank)
     if place.type == "mps":
         raise UserError("--device mps trains in a single process: start it without a launcher, or with --device cpu")
@@ -47,6 +50,11 @@ def init_distributed(device: str = "auto", dist_url: str = "env://") -> Dist:
         device_id=place if place.type == "cuda" else None,
     )
     return Dist(place, rank, local_rank, world_size, local_world_size)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shutdown() -> None:
@@ -71,13 +79,15 @@ def _launched_by_srun() -> tuple[int, int, int, int] | None:
         return None
     n_nodes = int(env.get("SLURM_STEP_NUM_NODES", 1))
     if "MASTER_ADDR" not in env:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-        )
-        env["MASTER_ADDR"] = hosts.stdout.split()[0] if n_nodes > 1 else "127.0.0.1"
+        env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"]) if n_nodes > 1 else "127.0.0.1"
     # the same port on all nodes, another for every job and step
     env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % 20000))
     return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), n_tasks, -(-n_tasks // n_nodes)
+
+
+def _first_host(nodelist: str) -> str:
+    command = ["scontrol", "show", "hostnames", nodelist]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def _launched_by_mpirun() -> tuple[int, int, int, int] | None:
@@ -98,6 +108,8 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name} is not known: use auto, cuda, mps or cpu")
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(

@@ -2,9 +2,11 @@
 
 
 class UserError(ValueError):
-    """Bad input: the message names the value and the remedy. Scripts print it without a traceback and exit with 2."""
+    """Bad input: the message names the value and the remedy. Scripts print it without a traceback and exit with 2.
 
-    @property
-    def message(self) -> str:
-        """The message alone: a loader worker's exception arrives with the worker's traceback in front of it."""
-        return str(self).rsplit("UserError: ", 1)[-1].strip()
+    `message` is the text alone: a loader worker's exception arrives with the worker's traceback in front of it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message.rsplit("UserError: ", 1)[-1].strip()

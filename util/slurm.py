@@ -68,6 +68,8 @@ def submit(script: ModuleType) -> None:
 
 
 def _submit(script: ModuleType, args: argparse.Namespace) -> str:
+    if args.cluster == "local" and args.nodes > 1:
+        raise UserError(f"--nodes {args.nodes}: --cluster local has this machine alone; pass --nodes 1")
     if not args.job_dir:
         raise UserError("--job_dir is not given: name a folder that all nodes see, such as /shared/me/mae/%j")
     try:
@@ -103,4 +105,7 @@ def _submit(script: ModuleType, args: argparse.Namespace) -> str:
     # the job unpickles this project's modules, wherever it was submitted from
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return executor.submit(Job(script, args)).job_id
+    try:
+        return executor.submit(Job(script, args)).job_id
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"SLURM refused the job: {error}") from error

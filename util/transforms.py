@@ -5,6 +5,7 @@ from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
 
 from util.crop import RandomResizedCrop
+from util.errors import UserError
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 Size = int | tuple[int, int]
@@ -35,18 +36,21 @@ def finetune_transform(
     recount: int,
 ) -> transforms.Compose:
     """Image -> [3, H, W]: timm's crop, flip, RandAugment `aa` (or `color_jitter` without it), random erasing."""
-    return create_transform(
-        input_size=size,
-        is_training=True,
-        color_jitter=color_jitter,
-        auto_augment=aa,
-        interpolation="bicubic",
-        re_prob=reprob,
-        re_mode=remode,
-        re_count=recount,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-    )
+    try:
+        return create_transform(
+            input_size=size,
+            is_training=True,
+            color_jitter=color_jitter,
+            auto_augment=aa or None,
+            interpolation="bicubic",
+            re_prob=reprob,
+            re_mode=remode,
+            re_count=recount,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(f"--aa {aa} is no policy of timm: use one such as rand-m9-mstd0.5-inc1, or ''") from error
 
 
 def eval_transform(size: Size) -> transforms.Compose:

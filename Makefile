@@ -1,0 +1,27 @@
+# Two commands do everything on a fresh machine with Python 3.10 or later: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast lint clean
+
+demo: .venv/installed  ## pretrain a tiny MAE on real digits, probe it, draw what it sees
+	$(BIN)/python -m demo.run
+
+test: .venv/installed  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed  ## without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is needed: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv demo/output

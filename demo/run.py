@@ -1,0 +1,119 @@
+"""The main job on real images, in minutes on two CPU cores: python -m demo.run
+
+Writes scikit-learn's handwritten digits as an image folder; pretrains a tiny masked autoencoder with main_pretrain.py;
+measures what its encoder has learned, by a linear probe (main_linprobe.py) and by nearest neighbours, against the same
+encoder untrained; draws what it reconstructs of validation images that it has never seen.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+import models_mae
+from demo.make_digits import write_digits
+from util import checkpoint, rng
+from util.datasets import Images, list_classes
+from util.knn import knn_accuracy, mean_features
+from util.transforms import eval_transform
+from util.visualize import reconstruct, sheet
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL, SIDE = "tiny_patch4", 32
+EPOCHS = 120  # of 11 steps of 128 images
+
+
+def main() -> None:
+    """Run all steps, print accuracies and the path of the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "demo" / "output", help="folder (default: demo/output)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of pretraining (default: {EPOCHS})")
+    parser.add_argument("--seed", type=int, default=0, help="decides weights, order and masks (default: 0)")
+    args = parser.parse_args()
+    out, data = args.output, args.output / "digits"
+    write_digits(data)
+    n_files = sum(1 for _ in data.rglob("*.png"))
+    print(f"{n_files} photographs of handwritten digits in {data}\n")
+
+    untrained = write_untrained(out / "untrained.pth", args.seed)
+    script(
+        "main_pretrain.py", f"--data_path {data} --model mae_vit_{MODEL} --input_size {SIDE} --amp off",
+        f"--batch_size 128 --epochs {args.epochs} --warmup_epochs {args.epochs / 10} --blr 2e-3 --seed {args.seed}",
+        f"--output_dir {out / 'pretrain'} --log_dir {out / 'pretrain'} --save_every {args.epochs}",
+    )  # fmt: skip
+    trained = checkpoint.newest(out / "pretrain")
+
+    rows = [
+        ("linear probe", probe(untrained, data, out / "probe_untrained"), probe(trained, data, out / "probe_trained")),
+        ("20 nearest neighbours", nearest_neighbours(untrained, data), nearest_neighbours(trained, data)),
+    ]
+    picture = draw(trained, data, out / "reconstructions.png")
+
+    print(f"\n{'accuracy on the 360 validation images':<40}{'untrained':>12}{'pretrained':>12}")
+    for name, before, after in rows:
+        print(f"{name:<40}{before:>11.1f}%{after:>11.1f}%")
+    print(f"\nWhat it reconstructs from a quarter of each image: {picture}")
+
+
+def script(name: str, *options: str) -> None:
+    """Run one of the training scripts as a user would, showing its command and its output."""
+    words = [word for part in options for word in part.split()]
+    print("$ python", name, *(os.path.relpath(w) if w.startswith("/") else w for w in words), flush=True)
+    subprocess.run([sys.executable, ROOT / name, *words], check=True)
+
+
+def write_untrained(path: Path, seed: int) -> Path:
+    """A checkpoint of the model that pretraining with this seed starts from."""
+    rng.seed_init(seed)
+    model = models_mae.MODELS[f"mae_vit_{MODEL}"](img_size=SIDE)
+    checkpoint.save(path, {"model": model.state_dict()})
+    return path
+
+
+def probe(weights: Path, data: Path, out: Path) -> float:
+    """Accuracy (%) of main_linprobe.py on frozen features of `weights`, after its last epoch."""
+    (out / "log.txt").unlink(missing_ok=True)
+    script(
+        "main_linprobe.py", f"--data_path {data} --model vit_{MODEL} --input_size {SIDE} --nb_classes 10 --amp off",
+        f"--finetune {weights} --global_pool --batch_size 128 --epochs 20 --warmup_epochs 2 --blr 1",
+        f"--output_dir {out} --log_dir {out} --save_every 20",
+    )  # fmt: skip
+    return json.loads((out / "log.txt").read_text().splitlines()[-1])["test_acc1"]
+
+
+def load_mae(weights: Path) -> torch.nn.Module:
+    """The demo's model with the weights of a checkpoint."""
+    model = models_mae.MODELS[f"mae_vit_{MODEL}"](img_size=SIDE)
+    checkpoint.load_full_mae(weights, model)
+    return model
+
+
+def nearest_neighbours(weights: Path, data: Path) -> float:
+    """Accuracy (%) of the vote of the 20 nearest training images."""
+    model = load_mae(weights)
+    splits = []
+    for split in ("train", "val"):
+        loader = DataLoader(Images(list_classes(data / split)[0], eval_transform(SIDE)), batch_size=256)
+        splits.append(mean_features(model, loader, torch.device("cpu")))
+    return knn_accuracy(*splits)
+
+
+def draw(weights: Path, data: Path, path: Path) -> Path:
+    """Reconstructions of one validation image of each class."""
+    files, classes = list_classes(data / "val")
+    firsts = [next(file for file in files if file[1] == label) for label in range(len(classes))]
+    images = Images(firsts, eval_transform(SIDE))
+    imgs = torch.stack([images[i][0] for i in range(len(images))])
+    model = load_mae(weights)
+    noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(0))
+    sheet(reconstruct(model, imgs, noise=noise)).save(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""k-nearest-neighbour accuracy of frozen features: what an encoder has learned, without training anything."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+
+@torch.no_grad()
+def mean_features(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images -> (features [n, D], labels [n]): the mean patch token of each whole image. `model`: see models_mae.py."""
+    model.eval()
+    features, labels = [], []
+    for imgs, targets in loader:
+        _, patch_map = model.encode(imgs.to(device))
+        features.append(patch_map.mean(dim=(2, 3)).cpu())
+        labels.append(targets)
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn_accuracy(
+    train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor], k: int = 20
+) -> float:
+    """(features [n, D], labels [n]) twice -> % of test images whose `k` nearest training images (cosine) vote right."""
+    similarity = F.normalize(test[0], dim=1) @ F.normalize(train[0], dim=1).T
+    neighbours = train[1][similarity.topk(min(k, len(train[1])), dim=1).indices]
+    votes = F.one_hot(neighbours).sum(dim=1)
+    return 100 * (votes.argmax(dim=1) == test[1]).float().mean().item()
