@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine with Python 3.10 or later: make demo, make test.
 PYTHON ?= python3
 BIN := .venv/bin
+# on few cores, threads that wait for one another must sleep: spinning, they keep the loader's workers from running
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test test-fast lint clean
 

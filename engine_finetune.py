@@ -45,7 +45,8 @@ def train_one_epoch(
         rng.seed_step(seed, epoch * n + i, env.rank)  # decides mixing and stochastic depth
         if mixup is not None:
             imgs, targets = mixup(imgs, targets)
-        loss = step(lambda: criterion(model(imgs), targets), update=(i + 1) % step.accum_iter == 0)  # noqa: B023
+        update = (i + 1) % step.accum_iter == 0
+        loss = step(lambda: criterion(model(imgs), targets), update)  # noqa: B023
 
         progress.add(i, lr=lr, loss=loss)
         if progress.due(i):  # the only place where the host waits for the device

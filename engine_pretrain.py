@@ -35,7 +35,8 @@ def train_one_epoch(
         imgs = imgs.to(env.device, non_blocking=True)
 
         rng.seed_step(seed, epoch * n + i, env.rank)  # decides the masks
-        loss = step(lambda: model(imgs, mask_ratio=mask_ratio)[0], update=(i + 1) % step.accum_iter == 0)  # noqa: B023
+        update = (i + 1) % step.accum_iter == 0
+        loss = step(lambda: model(imgs, mask_ratio=mask_ratio, loss_only=True), update)  # noqa: B023
 
         progress.add(i, lr=lr, loss=loss)
         if progress.due(i):  # the only place where the host waits for the device

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
 
@@ -27,7 +28,7 @@ def kept_patches(num_patches: int, mask_ratio: float) -> int:
     if kept == 0:
         raise UserError(
             f"mask_ratio {mask_ratio} keeps none of {num_patches} patches, so the encoder would see nothing: "
-            f"choose at most {1 - 1 / num_patches:.4g}"
+            f"choose at most {math.floor(10**4 * (1 - 1 / num_patches)) / 10**4}"
         )
     return kept
 
@@ -37,8 +38,13 @@ def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
     if kept_patches(num_patches, mask_ratio) == num_patches:
         raise UserError(
             f"mask_ratio {mask_ratio} removes none of {num_patches} patches, so there is nothing to predict: "
-            f"choose at least {1 / num_patches:.4g}"
+            f"choose at least {math.ceil(10**4 / num_patches) / 10**4}"
         )
+
+
+def _take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """([N or 1, L, D], ids [N, M]) -> [N, M, D]: the tokens of these indices."""
+    return tokens.expand(len(ids), -1, -1).gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -127,15 +133,22 @@ class MaskedAutoencoderViT(nn.Module):
         The K patches of least `noise` [N, L] are kept, in order of noise; None draws it uniformly in [0, 1).
         `ids_restore` puts (kept, removed) back into image order (paper, section 3, "Simple implementation").
         """
-        n, length, width = tokens.shape
+        n, length, _ = tokens.shape
+        ids_kept, ids_removed = self._draw_mask(n, length, mask_ratio, noise, tokens.device)
+        ids_restore = torch.cat([ids_kept, ids_removed], dim=1).argsort(dim=1)
+        mask = (ids_restore >= ids_kept.shape[1]).float()
+        return _take(tokens, ids_kept), mask, ids_restore
+
+    @staticmethod
+    def _draw_mask(
+        n: int, length: int, mask_ratio: float, noise: torch.Tensor | None, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> (indices of kept patches [N, K], of removed patches [N, L - K]), both in order of noise [N, L]."""
         k = kept_patches(length, mask_ratio)
         if noise is None:
-            noise = torch.rand(n, length, device=tokens.device)
+            noise = torch.rand(n, length, device=device)
         ids_shuffle = noise.argsort(dim=1)
-        ids_restore = ids_shuffle.argsort(dim=1)
-        kept = tokens.gather(1, ids_shuffle[:, :k, None].expand(-1, -1, width))
-        mask = (ids_restore >= k).float()
-        return kept, mask, ids_restore
+        return ids_shuffle[:, :k], ids_shuffle[:, k:]
 
     def forward_encoder(
         self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None
@@ -175,21 +188,55 @@ class MaskedAutoencoderViT(nn.Module):
         """(imgs [N, C, H, W], pred [N, L, P*P*C], mask [N, L]) -> scalar, float32: mean squared error per patch,
         averaged over removed patches only (paper, section 3, "Reconstruction target").
         """
-        target = self.patchify(imgs).float()
+        error_per_patch = (pred.float() - self._target(self.patchify(imgs))).square().mean(dim=-1)
+        return (error_per_patch * mask).sum() / mask.sum()
+
+    def _target(self, patches: torch.Tensor) -> torch.Tensor:
+        """[N, *, P*P*C] -> the same, float32: what the decoder is to predict of these patches."""
+        target = patches.float()
         if self.norm_pix_loss:
             mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
             target = (target - mean) / (var + 1e-6).sqrt()
-        error_per_patch = (pred.float() - target).square().mean(dim=-1)
-        return (error_per_patch * mask).sum() / mask.sum()
+        return target
+
+    def _loss_alone(self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None) -> torch.Tensor:
+        """[N, C, H, W] -> scalar: the loss of `forward`, without what only its `pred` needs.
+
+        Only kept patches are embedded, only removed ones predicted. The decoder takes them as they come, kept first:
+        attention does not depend on the order of tokens, and each token brings its position.
+        """
+        patches = self.patchify(imgs)
+        n, length, _ = patches.shape
+        ids_kept, ids_removed = self._draw_mask(n, length, mask_ratio, noise, imgs.device)
+
+        # the patch projection as a matrix product over the pixels of a patch, in the order of `patchify`
+        projection = self.patch_embed.proj
+        kept = F.linear(_take(patches, ids_kept), projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
+        latent = self.decoder_embed(self._encode_tokens(kept + _take(self.pos_embed[:, 1:], ids_kept)))
+
+        positions = self.decoder_pos_embed[:, 1:]
+        seen = latent + torch.cat([self.decoder_pos_embed[:, :1].expand(n, -1, -1), _take(positions, ids_kept)], dim=1)
+        tokens = torch.cat([seen, self.mask_token + _take(positions, ids_removed)], dim=1)
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        pred = self.decoder_pred(self.decoder_norm(tokens[:, seen.shape[1] :]))
+        return (pred.float() - self._target(_take(patches, ids_removed))).square().mean()
 
     def forward(
-        self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, C, H, W] -> (loss scalar, pred [N, L, P*P*C], mask [N, L]). `noise` [N, L] in [0, 1) decides the mask.
+        self,
+        imgs: torch.Tensor,
+        mask_ratio: float = 0.75,
+        noise: torch.Tensor | None = None,
+        loss_only: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
+        """[N, C, H, W] -> (loss scalar, pred [N, L, P*P*C], mask [N, L]); with `loss_only` the loss, for less work.
 
-        Raises UserError where the ratio removes no patch (the loss would be 0/0) or keeps none.
+        `noise` [N, L] in [0, 1) decides the mask. Raises UserError where the ratio removes no patch (the loss would be
+        0/0) or keeps none.
         """
         check_mask_ratio(self.patch_embed.num_patches, mask_ratio)
+        if loss_only:
+            return self._loss_alone(imgs, mask_ratio, noise)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask

@@ -64,7 +64,8 @@ def script(name: str, *options: str) -> None:
     """Run one of the training scripts as a user would, showing its command and its output."""
     words = [word for part in options for word in part.split()]
     print("$ python", name, *(os.path.relpath(w) if w.startswith("/") else w for w in words), flush=True)
-    subprocess.run([sys.executable, ROOT / name, *words], check=True)
+    # threads that wait must sleep: spinning, they keep the loader's workers from running where cores are few
+    subprocess.run([sys.executable, ROOT / name, *words], check=True, env={"OMP_WAIT_POLICY": "passive", **os.environ})
 
 
 def write_untrained(path: Path, seed: int) -> Path:
@@ -80,7 +81,7 @@ def probe(weights: Path, data: Path, out: Path) -> float:
     (out / "log.txt").unlink(missing_ok=True)
     script(
         "main_linprobe.py", f"--data_path {data} --model vit_{MODEL} --input_size {SIDE} --nb_classes 10 --amp off",
-        f"--finetune {weights} --global_pool --batch_size 128 --epochs 20 --warmup_epochs 2 --blr 1",
+        f"--finetune {weights} --global_pool --batch_size 128 --epochs 20 --warmup_epochs 2 --blr 10",
         f"--output_dir {out} --log_dir {out} --save_every 20",
     )  # fmt: skip
     return json.loads((out / "log.txt").read_text().splitlines()[-1])["test_acc1"]

@@ -27,7 +27,9 @@ class NonFiniteLossError(ArithmeticError):
 
 def setup_logging(env: Dist, output_dir: str) -> None:
     """Rank 0 writes messages to the terminal and to `output_dir`/train.log; other ranks write their warnings only."""
-    log.handlers.clear()
+    for handler in log.handlers[:]:  # of an earlier run in the same process
+        log.removeHandler(handler)
+        handler.close()
     log.propagate = False
     log.setLevel(logging.DEBUG if env.is_main else logging.WARNING)
     console = logging.StreamHandler(sys.stdout)

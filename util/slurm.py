@@ -77,7 +77,7 @@ def _submit(script: ModuleType, args: argparse.Namespace) -> str:
     except ImportError as error:
         raise UserError("submission needs submitit: pip install submitit") from error
     try:
-        Path(args.job_dir.split("%j")[0]).mkdir(parents=True, exist_ok=True)
+        submitit.core.utils.JobPaths.get_first_id_independent_folder(args.job_dir).mkdir(parents=True, exist_ok=True)
         executor = submitit.AutoExecutor(folder=args.job_dir, cluster=args.cluster, slurm_max_num_timeout=30)
     except OSError as error:
         raise UserError(

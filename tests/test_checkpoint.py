@@ -1,0 +1,422 @@
+"""Checkpoints: written whole, found by number, loaded as data and never as code, and fitted to a classifier."""
+
+import argparse
+import io
+import pickle
+import urllib.error
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same, load, project_log
+from torch import nn
+
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from util import checkpoint
+from util.checkpoint import Writer, load_full_mae, load_pretrained, newest, resume, resume_for_eval, save
+from util.dist import Dist
+from util.errors import UserError
+
+WIDTH = 16
+ENV = Dist(torch.device("cpu"))
+mae = partial(
+    MaskedAutoencoderViT, patch_size=4, embed_dim=WIDTH, depth=2, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
+    decoder_num_heads=2,
+)  # fmt: skip
+vit = partial(VisionTransformer, patch_size=4, embed_dim=WIDTH, depth=2, num_heads=2, num_classes=3)
+
+
+def saved(path: Path, model: nn.Module, **more) -> str:
+    torch.save({"model": model.state_dict(), **more}, path)
+    return str(path)
+
+
+def trained(model: nn.Module, groups: int = 1) -> torch.optim.Optimizer:
+    """An optimizer with state: one step of AdamW with the parameters in `groups` groups."""
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": params[i::groups]} for i in range(groups)], lr=0.01)
+    sum(param.square().sum() for param in params).backward()
+    optimizer.step()
+    return optimizer
+
+
+def scaler(scale: float) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale)
+
+
+# writing and finding
+
+
+def test_what_is_written_comes_back(tmp_path):
+    model, args = nn.Linear(3, 2), argparse.Namespace(epochs=5, input_size=(32, 64), data_path=Path("/in"), lr=None)
+    optimizer = trained(model)
+    Writer(ENV, str(tmp_path), 1, args).after_epoch(3, model, optimizer, scaler(8.0))
+    state = load(tmp_path / "checkpoint-3.pth")
+    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args"}
+    assert state["epoch"] == 3
+    # a plain dict of plain values, so that it loads without this project
+    assert state["args"] == {"epochs": 5, "input_size": (32, 64), "data_path": "/in", "lr": None}
+    assert type(state["args"]) is dict
+    assert_same(dict(state["model"]), dict(model.state_dict()))
+    assert_same(state["optimizer"], optimizer.state_dict())
+    assert state["scaler"]["scale"] == 8.0
+    assert_same(checkpoint.load(tmp_path / "checkpoint-3.pth"), state)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3.pth"]  # no temporary file stays
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (20, [0, 5])])
+def test_writer_keeps_its_period_and_the_last_epoch(every, expected, tmp_path):
+    model = nn.Linear(3, 2)
+    writer = Writer(ENV, str(tmp_path), every, argparse.Namespace(epochs=6))
+    for epoch in range(6):
+        writer.after_epoch(epoch, model, trained(model), scaler(1.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{epoch}.pth" for epoch in expected]
+
+
+@pytest.mark.parametrize(("rank", "folder"), [(1, "out"), (0, "")])
+def test_only_rank_0_writes_and_only_into_a_folder(rank, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(3, 2)
+    env = Dist(torch.device("cpu"), rank=rank, world_size=2)
+    Writer(env, folder, 1, argparse.Namespace(epochs=1)).after_epoch(0, model, trained(model), scaler(1.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint-0.pth"
+    save(path, {"model": {}, "epoch": 0})
+    before = path.read_bytes()
+
+    def half(state, file):
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        save(path, {"model": {}, "epoch": 1})
+    assert path.read_bytes() == before
+    assert newest(tmp_path) == path  # what is left of the other is not taken for a checkpoint
+
+
+def test_newest_goes_by_number_and_ignores_strangers(tmp_path):
+    assert newest(tmp_path) is None and newest(tmp_path / "nowhere") is None
+    strangers = ["checkpoint-best.pth", "checkpoint-99.tmp", "checkpoint-77.pth.bak", "my-checkpoint-88.pth"]
+    for name in [*strangers, "checkpoint-9.pth", "checkpoint-10.pth", "checkpoint-2.pth"]:
+        (tmp_path / name).touch()
+    assert newest(tmp_path) == newest(str(tmp_path)) == tmp_path / "checkpoint-10.pth"
+
+
+# loading what may come from anywhere
+
+
+def test_namespace_of_old_files_is_loaded(tmp_path):
+    path = saved(tmp_path / "old.pth", nn.Linear(3, 2), args=argparse.Namespace(input_size=224, blr=1.5e-4), epoch=799)
+    with pytest.raises(pickle.UnpicklingError):
+        load(path)  # without the exception for this class it is refused
+    state = checkpoint.load(path)
+    assert state["args"] == argparse.Namespace(input_size=224, blr=1.5e-4) and state["epoch"] == 799
+    with pytest.raises(pickle.UnpicklingError):
+        load(path)  # the exception holds for our call alone
+
+
+class Evil:
+    """Unpickling it would create a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("key", ["args", "model"])
+def test_file_with_code_is_refused_and_not_run(kind, key, tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "evil.pth"
+    state = {"model": {}, key: Evil(marker)}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(state, protocol=2))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(UserError, match="refused, and nothing of it was run") as error:
+        checkpoint.load(path)
+    assert str(path) in error.value.message and not marker.exists()
+    pickle.loads(pickle.dumps(state))  # the trap works: a plain unpickler would have run it
+    assert marker.exists()
+
+
+def whole_file(legacy: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"model": nn.Linear(30, 30).state_dict()}, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+NO_CHECKPOINTS = {
+    "zero bytes": b"",
+    "truncated": whole_file()[:1500],
+    "last byte missing": whole_file()[:-1],
+    "truncated, legacy": whole_file(legacy=True)[:300],
+    "text": b"hello\n",
+    "page": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+    "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "stop": b".",
+    "numbers": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("name", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_refused_by_name(name, tmp_path):
+    path = tmp_path / "some.pth"
+    path.write_bytes(NO_CHECKPOINTS[name])
+    with pytest.raises(UserError) as error:
+        checkpoint.load(path)
+    assert str(path) in error.value.message
+
+
+@pytest.mark.parametrize("state", [[1, 2], torch.zeros(2), {}, {"state_dict": {}}, {"model": None}, {"model": [1]}])
+def test_file_without_a_state_dict_is_refused_by_name(state, tmp_path):
+    torch.save(state, tmp_path / "some.pth")
+    with pytest.raises(UserError, match="'model'") as error:
+        checkpoint.load(tmp_path / "some.pth")
+    assert str(tmp_path / "some.pth") in error.value.message
+
+
+def test_missing_file_and_folder_are_refused_by_name(tmp_path):
+    for path in (tmp_path / "lost.pth", tmp_path):
+        with pytest.raises(UserError, match=f"no checkpoint {path}"):
+            checkpoint.load(path)
+
+
+def test_url_is_downloaded_once_and_kept(tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, progress):
+        asked.append(url)
+        saved(Path(path), nn.Linear(3, 2))
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    url = "https://example.org/mae/weights.pth?download=1"
+    first, second = checkpoint.load(url), checkpoint.load(url)
+    assert asked == [url]
+    assert_same(dict(first["model"]), dict(second["model"]))
+    assert (tmp_path / "checkpoints" / "weights.pth").is_file()
+
+
+def test_failed_download_is_refused_by_name(tmp_path, monkeypatch):
+    def download(url, path, progress):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(UserError, match="cannot download https://example.org/w.pth"):
+        checkpoint.load("https://example.org/w.pth")
+
+
+# pretrained weights for a classifier
+
+
+def without(state: dict, *prefixes: str) -> dict:
+    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize("global_pool", [True, False])
+def test_masked_autoencoder_becomes_a_classifier(global_pool, tmp_path):
+    source, model = mae(img_size=16), vit(img_size=16, global_pool=global_pool)
+    new = ("head.", "fc_norm.") if global_pool else ("head.",)
+    fresh = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(new)}
+    with project_log() as lines:
+        load_pretrained(saved(tmp_path / "mae.pth", source), model)
+    loaded = model.state_dict()
+    assert ("norm.weight" in loaded) != global_pool and ("fc_norm.weight" in loaded) == global_pool
+    for name, value in without(loaded, *new).items():
+        assert torch.equal(value, source.state_dict()[name]), name
+    assert_same({name: loaded[name] for name in fresh}, fresh)
+    # the line names what starts from scratch
+    assert all(name in lines[-1] for name in fresh)
+
+
+def test_head_of_another_size_is_dropped_with_a_line(tmp_path):
+    source, model = vit(img_size=16, num_classes=5, global_pool=True), vit(img_size=16, global_pool=True)
+    head = model.head.weight.clone()
+    with project_log() as lines:
+        load_pretrained(saved(tmp_path / "vit.pth", source), model)
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.fc_norm.weight, source.fc_norm.weight)
+    assert any("dropped head.weight (5, 16)" in line and "(3, 16)" in line for line in lines)
+    assert any("dropped head.bias (5,)" in line for line in lines)
+
+
+def test_head_of_the_same_size_is_kept_without_a_line(tmp_path):
+    source, model = vit(img_size=16, global_pool=True), vit(img_size=16, global_pool=True)
+    nn.init.normal_(source.head.weight)
+    with project_log() as lines:
+        load_pretrained(saved(tmp_path / "vit.pth", source), model)
+    assert_same(dict(model.state_dict()), dict(source.state_dict()))
+    assert not any("dropped" in line for line in lines)
+
+
+def resized(pos_embed: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """[1, 1 + h * w, D] -> [1, 1 + h' * w', D], channel by channel; the class token's row stays."""
+    rows = [pos_embed[:, :1]]
+    image = torch.stack([pos_embed[0, 1:, d].reshape(old) for d in range(pos_embed.shape[2])])[None]
+    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    rows.append(image[0].flatten(1).T[None])
+    return torch.cat(rows, dim=1)
+
+
+GRIDS = {
+    "square to square": (32, 64, None, (8, 8), (16, 16)),
+    "square to smaller": (32, 16, None, (8, 8), (4, 4)),
+    "square to rectangle": (32, (32, 48), None, (8, 8), (8, 12)),
+    "square to rectangle of as many patches": (32, (16, 64), None, (8, 8), (4, 16)),
+    # 4 x 16 patches are 64, as in a square of 8: only the arguments tell
+    "rectangle, from a dict": ((16, 64), 32, {"input_size": (16, 64)}, (4, 16), (8, 8)),
+    "rectangle, from a list": ((32, 64), 32, {"input_size": [32, 64]}, (8, 16), (8, 8)),
+    "rectangle, from a namespace": ((32, 64), 48, argparse.Namespace(input_size=(32, 64)), (8, 16), (12, 12)),
+    "square, from a dict": (32, 64, {"input_size": 32, "lr": None}, (8, 8), (16, 16)),
+    "arguments without a size": (32, 64, {"lr": 0.1}, (8, 8), (16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_positions_are_interpolated_bicubically(name, tmp_path):
+    source_size, size, args, old, new = GRIDS[name]
+    source, model = mae(img_size=source_size), vit(img_size=size, global_pool=True)
+    nn.init.normal_(source.pos_embed)
+    more = {} if args is None else {"args": args}
+    load_pretrained(saved(tmp_path / "mae.pth", source, **more), model)
+    expected = resized(source.pos_embed.detach(), old, new)
+    assert expected.shape == model.pos_embed.shape
+    assert torch.allclose(model.pos_embed, expected, atol=1e-6)
+    assert torch.equal(model.pos_embed[:, 0], source.pos_embed[:, 0])
+
+
+@pytest.mark.parametrize("size", [32, (32, 64), (16, 64)])
+def test_positions_of_the_same_grid_stay_bit_for_bit(size, tmp_path):
+    source, model = mae(img_size=size), vit(img_size=size, global_pool=True)
+    nn.init.normal_(source.pos_embed)
+    load_pretrained(saved(tmp_path / "mae.pth", source, args={"input_size": size}), model)
+    assert torch.equal(model.pos_embed, source.pos_embed)
+
+
+def test_unknown_rectangle_is_refused(tmp_path):
+    source, model = mae(img_size=(32, 64)), vit(img_size=32, global_pool=True)
+    with pytest.raises(UserError, match="128 patches"):
+        load_pretrained(saved(tmp_path / "mae.pth", source), model)
+
+
+@pytest.mark.parametrize(
+    ("key", "global_pool"),
+    [("blocks.1.mlp.fc1.weight", True), ("patch_embed.proj.bias", True), ("norm.weight", False), ("pos_embed", True)],
+)
+def test_missing_key_is_refused_by_name(key, global_pool, tmp_path):
+    state = without(mae(img_size=16).state_dict(), key)
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    with pytest.raises(UserError) as error:
+        load_pretrained(str(tmp_path / "mae.pth"), vit(img_size=16, global_pool=global_pool))
+    assert "1 keys missing" in error.value.message and key in error.value.message
+
+
+def test_unknown_key_is_refused_by_name(tmp_path):
+    state = {**mae(img_size=16).state_dict(), "gate.weight": torch.zeros(1)}
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="gate.weight"):
+        load_pretrained(str(tmp_path / "mae.pth"), vit(img_size=16, global_pool=True))
+
+
+def test_other_width_is_refused_with_both_shapes(tmp_path):
+    source = mae(img_size=16, embed_dim=32)
+    for size in (16, 32):  # with and without interpolation
+        with pytest.raises(UserError, match="of another shape") as error:
+            load_pretrained(saved(tmp_path / "mae.pth", source), vit(img_size=size, global_pool=True))
+        assert "32" in error.value.message and "here" in error.value.message
+        assert "--model" in error.value.message
+
+
+def test_refused_weights_leave_the_model_as_it_was(tmp_path):
+    model = vit(img_size=16, global_pool=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save({"model": without(mae(img_size=16).state_dict(), "cls_token")}, tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="cls_token"):
+        load_pretrained(str(tmp_path / "mae.pth"), model)
+    assert_same(dict(model.state_dict()), before)
+
+
+# masked autoencoders with their decoder
+
+
+def test_full_file_reconstructs_as_its_source(tmp_path):
+    source, model = mae(img_size=16), mae(img_size=16)
+    load_full_mae(saved(tmp_path / "full.pth", source), model)
+    assert_same(dict(model.state_dict()), dict(source.state_dict()))
+
+
+def test_encoder_alone_is_refused_naming_keys_and_the_files_to_use(tmp_path):
+    model = mae(img_size=16)
+    torch.save({"model": without(model.state_dict(), "decoder_", "mask_token")}, tmp_path / "encoder.pth")
+    with pytest.raises(UserError) as error:
+        load_full_mae(str(tmp_path / "encoder.pth"), model)
+    message = error.value.message
+    assert "mask_token" in message and "decoder_" in message
+    assert (
+        "_full.pth" in message and "mae_visualize_vit" in message and "https://dl.fbaipublicfiles.com/mae/" in message
+    )
+
+
+def test_other_mae_is_refused_without_advice_on_decoders(tmp_path):
+    path = saved(tmp_path / "full.pth", mae(img_size=16, depth=1))
+    with pytest.raises(UserError, match="blocks.1") as error:
+        load_full_mae(path, mae(img_size=16))
+    assert "_full" not in error.value.message
+
+
+# resuming
+
+
+def test_resuming_restores_everything_and_returns_the_next_epoch(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = trained(model)
+    path = saved(tmp_path / "c.pth", model, optimizer=optimizer.state_dict(), epoch=7, scaler=scaler(32.0).state_dict())
+    other = nn.Linear(3, 2)
+    other_optimizer, other_scaler = torch.optim.AdamW(other.parameters(), lr=5.0), scaler(2.0)
+    assert resume(path, other, other_optimizer, other_scaler) == 8
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    assert_same(other_optimizer.state_dict(), optimizer.state_dict())
+    assert other_scaler.get_scale() == 32.0
+
+
+def test_resuming_without_optimizer_loads_the_model_and_returns_0(tmp_path):
+    model = nn.Linear(3, 2)
+    whole = saved(tmp_path / "a.pth", model, optimizer=trained(model).state_dict(), epoch=7)
+    released = saved(tmp_path / "b.pth", model)
+    for path, optimizer in ((whole, False), (released, True)):
+        other = nn.Linear(3, 2)
+        given = torch.optim.AdamW(other.parameters()) if optimizer else None
+        assert resume(path, other, given) == 0
+        saved_model = load(path)["model"]
+        assert_same(dict(other.state_dict()), dict(saved_model))
+
+
+def test_optimizer_of_other_groups_is_refused(tmp_path):
+    model = nn.Linear(3, 2)
+    path = saved(tmp_path / "c.pth", model, optimizer=trained(model, groups=2).state_dict(), epoch=7)
+    with pytest.raises(UserError, match="other parameter groups") as error:
+        resume(path, model, trained(model))
+    assert path in error.value.message and "--layer_decay" in error.value.message
+
+
+def test_resuming_another_model_is_refused_naming_the_keys(tmp_path):
+    path = saved(tmp_path / "c.pth", nn.Linear(3, 2, bias=False))
+    with pytest.raises(UserError, match="bias"):
+        resume(path, nn.Linear(3, 2))
+    with pytest.raises(UserError, match=r"weight \(2, 3\), here \(4, 3\)"):
+        resume(path, nn.Linear(3, 4, bias=False))
+
+
+def test_evaluation_needs_a_checkpoint():
+    with pytest.raises(UserError, match="--resume"):
+        resume_for_eval("", nn.Linear(3, 2))

@@ -1,0 +1,297 @@
+"""Several processes: the same step as one process, gradients sent once, the same evaluation; who launched us.
+
+`torchrun test_distributed.py FOLDER` runs `worker`, whose results the tests read.
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ON_CPU, assert_same, load, torchrun, write_image, write_image_folder
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import engine_pretrain
+from engine_finetune import evaluate
+from models_mae import mae_vit_tiny_patch4
+from models_vit import vit_tiny_patch4
+from util import rng
+from util.datasets import Images, eval_loader
+from util.dist import Dist, _launched_by_mpirun, _launched_by_srun, init_distributed, mean_over_ranks, shutdown, wrap
+from util.log import NonFiniteLossError, RunLog
+from util.lr_sched import Schedule
+from util.step import Step
+from util.transforms import eval_transform
+
+EFFECTIVE_BATCH, N_STEPS = 8, 2
+# rank -> what it holds of each optimizer step: (batch_size, accum_iter), which make up the same effective batch
+SPLITS = {"whole": (8, 1), "halves": (4, 1), "quarters": (2, 2)}
+
+
+def steps(env: Dist, batch_size: int, accum_iter: int) -> dict:
+    """Two optimizer steps of a tiny autoencoder on given images and noise; all arithmetic in float32."""
+    rng.seed_init(0)
+    model = mae_vit_tiny_patch4(img_size=16)
+    ddp_model = wrap(model, env)
+    # plain gradient descent: Adam would blow up rounding in small gradients to whole steps
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = Step(ddp_model, optimizer, env.device, accum_iter=accum_iter, clip_grad=0.5)
+    generator = torch.Generator().manual_seed(1)
+    imgs = torch.randn(N_STEPS * EFFECTIVE_BATCH, 3, 16, 16, generator=generator)
+    noise = torch.rand(N_STEPS * EFFECTIVE_BATCH, 16, generator=generator)
+    losses, norms = [], []
+    for i in range(N_STEPS * accum_iter):
+        first = (i * env.world_size + env.rank) * batch_size
+        part = slice(first, first + batch_size)
+        loss = step(lambda: ddp_model(imgs[part], noise=noise[part])[0], update=(i + 1) % accum_iter == 0)  # noqa: B023
+        losses.append(mean_over_ranks(loss))
+        norms.append(step.grad_norm)
+    losses = torch.stack(losses).reshape(N_STEPS, accum_iter).mean(dim=1)
+    norms = torch.stack(norms[accum_iter - 1 :: accum_iter])
+    return {"model": dict(model.state_dict()), "losses": losses, "norms": norms}
+
+
+def reductions(env: Dist) -> list[int]:
+    """How many buckets of gradients travelled in each of 9 forward passes, 3 per optimizer step."""
+    model = wrap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), env)
+    sent = []
+
+    def count(group, bucket):
+        sent[-1] += 1
+        return allreduce_hook(group, bucket)
+
+    model.register_comm_hook(None, count)
+    step = Step(model, torch.optim.SGD(model.parameters(), lr=0.1), env.device, accum_iter=3)
+    for i in range(9):
+        sent.append(0)
+        step(lambda: model(torch.ones(2, 4)).sum(), update=(i + 1) % 3 == 0)
+    return sent
+
+
+def evaluation(env: Dist, folder: Path, sharded: bool) -> dict:
+    """The figures of a classifier with running statistics, which differ on ranks other than 0, on 7 images."""
+    rng.seed_init(0)
+    model = vit_tiny_patch4(img_size=16, num_classes=10)
+    model.head = nn.Sequential(nn.BatchNorm1d(64, affine=False), nn.Linear(64, 10))
+    model.head[0].running_mean.fill_(env.rank)
+    model.head[0].running_var.fill_(1 + env.rank)
+    files = [(str(path), i) for i, path in enumerate(sorted(folder.glob("*.png")))]
+    assert len(files) == 7
+    loader = eval_loader(Images(files, eval_transform(16)), 2, env, sharded, num_workers=0, pin_mem=False)
+    return evaluate(model, loader, env, None, sharded)
+
+
+def nan_error(env: Dist) -> str:
+    """What an epoch of 4 steps raises where the last image of rank 1 is not a number."""
+    model = mae_vit_tiny_patch4(img_size=16)
+    batches = [(torch.zeros(2, 3, 16, 16), None) for _ in range(4)]
+    for imgs, _ in batches:
+        imgs[:, :, ::2] = 1
+    if env.rank == 1:
+        batches[3][0][0] = float("nan")
+    ddp_model = wrap(model, env)
+    step = Step(ddp_model, torch.optim.SGD(model.parameters(), lr=0.01), env.device)
+    try:
+        engine_pretrain.train_one_epoch(
+            ddp_model, batches, step, Schedule(0.01, 0.0, 0, 5), 2,
+            mask_ratio=0.5, seed=0, env=env, run_log=RunLog(env, "", ""),
+        )  # fmt: skip
+    except NonFiniteLossError as error:
+        return str(error)
+    return ""
+
+
+def worker(folder: Path) -> None:
+    env = init_distributed("cpu")
+    results = {
+        "env": [env.rank, env.local_rank, env.world_size, env.local_world_size],
+        "steps": {name: steps(env, *SPLITS[name]) for name in ("halves", "quarters")},
+        "reductions": reductions(env),
+        "sharded": evaluation(env, folder, sharded=True),
+        "unsharded": evaluation(env, folder, sharded=False),
+        "nan": nan_error(env),
+    }
+    torch.save(results, folder / f"rank-{env.rank}.pth")
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes found, and the folder of the images."""
+    folder = tmp_path_factory.mktemp("two")
+    for i in range(7):
+        write_image(folder / f"{i}.png", i, (16, 16))
+    torchrun(__file__, folder)
+    return SimpleNamespace(folder=folder, ranks=[load(folder / f"rank-{rank}.pth") for rank in (0, 1)])
+
+
+@pytest.mark.slow
+def test_processes_know_their_place(two_processes):
+    assert [found["env"] for found in two_processes.ranks] == [[0, 0, 2, 2], [1, 1, 2, 2]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["halves", "quarters"])
+def test_two_processes_take_the_step_of_one_with_the_whole_batch(split, two_processes):
+    whole = steps(Dist(torch.device("cpu")), *SPLITS["whole"])
+    rng.seed_init(0)
+    start = mae_vit_tiny_patch4(img_size=16).state_dict()
+    assert (whole["model"]["decoder_pred.weight"] - start["decoder_pred.weight"]).abs().max() > 1e-3
+    assert (whole["norms"] > 0.5).all()  # the gradient was clipped, by its norm over the whole batch
+    for rank in two_processes.ranks:
+        found = rank["steps"][split]
+        assert torch.allclose(found["losses"], whole["losses"], atol=1e-6)
+        assert torch.allclose(found["norms"], whole["norms"], atol=1e-5)
+        for name, value in whole["model"].items():
+            assert torch.allclose(found["model"][name], value, atol=1e-6), name
+    assert_same(two_processes.ranks[0]["steps"], two_processes.ranks[1]["steps"])
+
+
+@pytest.mark.slow
+def test_gradients_travel_once_per_optimizer_step(two_processes):
+    for rank in two_processes.ranks:
+        sent = [number > 0 for number in rank["reductions"]]
+        assert sent == [False, False, True] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["sharded", "unsharded"])
+def test_two_processes_evaluate_an_odd_number_of_images_as_one(how, two_processes):
+    one = evaluation(Dist(torch.device("cpu")), two_processes.folder, sharded=True)
+    assert one["acc1"] * 7 % 100 == pytest.approx(0) and 0 < one["acc5"] < 100
+    for rank in two_processes.ranks:
+        assert rank[how] == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_loss_that_is_not_a_number_on_one_rank_stops_both(two_processes):
+    for rank in two_processes.ranks:
+        assert "Epoch: [2]" in rank["nan"] and "iteration 3 of 4" in rank["nan"]
+
+
+@pytest.mark.slow
+def test_run_in_two_processes_resumes_bit_for_bit_and_speaks_with_one_voice(tmp_path):
+    images = write_image_folder(tmp_path / "images", n_train=4, n_val=1)
+    args = (
+        "--data_path", images, "--model", "mae_vit_tiny_patch4", "--input_size", 32, "--batch_size", 2,
+        "--accum_iter", 2, "--epochs", 2, "--warmup_epochs", 1, "--save_every", 1, "--num_workers", 1, *ON_CPU,
+    )  # fmt: skip
+
+    def start(name, *more):
+        return torchrun("main_pretrain.py", *args, "--output_dir", tmp_path / name, "--log_dir", tmp_path / name, *more)
+
+    whole = start("whole").stdout
+    assert "2 x cpu" in whole and "effective batch 8" in whole
+    # 12 images in steps of 8: one step of 2 batches for each rank; rank 0 alone reports it
+    assert whole.count("Epoch: [0]  [1/2]") == 1
+    assert len((tmp_path / "whole" / "log.txt").read_text().splitlines()) == 2
+    resumed = start("resumed", "--resume", tmp_path / "whole" / "checkpoint-0.pth").stdout
+    assert "Epoch: [0]" not in resumed and "Epoch: [1]" in resumed
+    a, b = (load(tmp_path / name / "checkpoint-1.pth") for name in ("whole", "resumed"))
+    for key in ("model", "optimizer", "epoch"):
+        assert_same(a[key], b[key], key)
+    before = load(tmp_path / "whole" / "checkpoint-0.pth")["model"]["decoder_pred.bias"]
+    assert not torch.equal(before, a["model"]["decoder_pred.bias"])
+
+
+# launchers
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Sets variables, in an environment without those of any launcher; takes them all back at the end."""
+    ours = [name for name in os.environ if name.startswith(("SLURM_", "OMPI_"))]
+    for name in [*ours, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]:
+        monkeypatch.setenv(name, "")  # so that it goes back to what it was, whoever sets it
+        monkeypatch.delenv(name)
+
+    def set_variables(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_variables
+
+
+BATCH_SCRIPT = {"SLURM_JOB_ID": 1234, "SLURM_PROCID": 0, "SLURM_NTASKS": 8, "SLURM_NNODES": 2, "SLURM_LOCALID": 0}
+STEP = {
+    **BATCH_SCRIPT, "SLURM_STEP_ID": 3, "SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2,
+    "SLURM_STEP_NODELIST": "node[7-8]",
+}  # fmt: skip
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A stand-in that expands this one list of nodes."""
+    script = tmp_path / "bin" / "scontrol"
+    script.parent.mkdir()
+    script.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_srun_tells_rank_and_where_to_meet(launcher, scontrol):
+    launcher(**STEP | {"SLURM_PROCID": 5, "SLURM_LOCALID": 1})
+    assert _launched_by_srun() == (5, 1, 8, 4)
+    assert os.environ["MASTER_ADDR"] == "node7"
+    port = os.environ.pop("MASTER_PORT")
+    assert 1024 < int(port) < 65536
+    launcher(**STEP | {"SLURM_PROCID": 0})  # another task of the step agrees
+    assert _launched_by_srun() == (0, 0, 8, 4) and os.environ.pop("MASTER_PORT") == port
+    launcher(**STEP | {"SLURM_STEP_ID": 4})  # the next step does not collide with it
+    assert _launched_by_srun() and os.environ["MASTER_PORT"] != port
+
+
+def test_srun_respects_a_given_meeting_point(launcher):
+    launcher(**STEP, MASTER_ADDR="10.0.0.1", MASTER_PORT=4567)
+    assert _launched_by_srun() == (0, 0, 8, 4)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "4567")
+
+
+def test_srun_on_one_node_needs_no_scontrol(launcher, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    launcher(**STEP | {"SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_NODELIST": "node7"})
+    assert _launched_by_srun() == (0, 0, 8, 8)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_tasks_that_do_not_spread_evenly_are_rounded_up_per_node(launcher):
+    launcher(**STEP | {"SLURM_STEP_NUM_TASKS": 3}, MASTER_ADDR="node7")
+    assert _launched_by_srun() == (0, 0, 3, 2)
+
+
+SINGLE = {"no launcher": {}, "batch script": BATCH_SCRIPT, "step of one task": STEP | {"SLURM_STEP_NUM_TASKS": 1}}
+
+
+@pytest.mark.parametrize("variables", SINGLE.values(), ids=SINGLE)
+def test_batch_script_and_step_of_one_task_are_a_single_process(variables, launcher):
+    launcher(**variables)
+    env = init_distributed("cpu")
+    assert (env.rank, env.world_size, env.local_world_size) == (0, 1, 1)
+    assert not torch.distributed.is_initialized()
+
+
+def test_torchrun_goes_before_srun_and_a_group_of_one_works(launcher):
+    launcher(**STEP, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
+    try:
+        env = init_distributed("cpu")
+        assert (env.rank, env.world_size) == (0, 1) and torch.distributed.is_initialized()
+        model = nn.Linear(2, 2)
+        assert wrap(model, env) is model
+    finally:
+        shutdown()
+    assert not torch.distributed.is_initialized()
+
+
+def test_mpirun_tells_its_rank_with_a_meeting_point_alone(launcher):
+    variables = {"RANK": 3, "LOCAL_RANK": 1, "SIZE": 4, "LOCAL_SIZE": 2}
+    launcher(**{f"OMPI_COMM_WORLD_{name}": value for name, value in variables.items()})
+    assert _launched_by_mpirun() is None
+    launcher(MASTER_ADDR="node7", MASTER_PORT=4567)
+    assert _launched_by_mpirun() == (3, 1, 4, 2)
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

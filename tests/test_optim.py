@@ -1,0 +1,847 @@
+"""From gradients to weights: optimizers, decay, schedules, positions, the optimizer step, and both engines."""
+
+import math
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import write_image_folder
+from PIL import Image
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import engine_finetune
+import engine_pretrain
+import main_finetune
+import main_linprobe
+import main_pretrain
+import models_mae
+import models_vit
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
+from util.crop import RandomResizedCrop
+from util.dist import Dist
+from util.errors import UserError
+from util.lars import LARS
+from util.log import NonFiniteLossError, Progress
+from util.lr_decay import param_groups_lrd
+from util.lr_sched import Schedule, adjust_learning_rate, scaled_lr
+from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
+from util.step import Step, autocast_dtype
+
+CPU = Dist(torch.device("cpu"))
+SIZES = ["base_patch16", "large_patch16"]
+
+
+class Curves:
+    """Stands in for RunLog: keeps what the engines write to TensorBoard."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, list[tuple[int, float]]] = {}
+
+    def scalar(self, tag: str, value: float, x: int) -> None:
+        self.points.setdefault(tag, []).append((x, value))
+
+    def values(self, tag: str) -> list[float]:
+        return [value for _, value in self.points[tag]]
+
+    def x(self, tag: str) -> list[int]:
+        return [x for x, _ in self.points[tag]]
+
+
+class WithNoise(nn.Module):
+    """The masked autoencoder, masked by the next of `noise` [passes, N, L] whenever the engine calls it."""
+
+    def __init__(self, model: nn.Module, noise: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.noise = model, iter(noise)
+
+    def forward(self, imgs, **options):
+        return self.model(imgs, noise=next(self.noise), **options)
+
+
+def small_mae() -> MaskedAutoencoderViT:
+    return MaskedAutoencoderViT(16, 4, 3, 24, 2, 3, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=4)
+
+
+def small_vit(**options) -> VisionTransformer:
+    options = {"img_size": 16, "patch_size": 4, "num_classes": 5, "global_pool": True} | options
+    return VisionTransformer(embed_dim=24, depth=3, num_heads=3, **options)
+
+
+def named_groups(model: nn.Module, groups: list[dict]) -> dict[str, dict]:
+    """Parameter name -> its group, for parameters that are each in exactly one group."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [(names[id(p)], group) for group in groups for p in group["params"]]
+    assert len(dict(found)) == len(found), "a parameter is in two groups"
+    return dict(found)
+
+
+# --- LARS ---------------------------------------------------------------------------------------------------------
+
+
+def test_lars_takes_the_recorded_steps(golden):
+    data = golden("lars")
+    layer = nn.Linear(12, 5)
+    layer.load_state_dict({"weight": data["w0"], "bias": data["b0"]})
+    optimizer = LARS(layer.parameters(), **data.config)
+    for i in range(8):
+        loss = F.cross_entropy(layer(data["x"]), data["y"])
+        assert loss.item() == pytest.approx(data["loss"][i].item(), rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert_close(layer.weight.data, data[f"w{i + 1}"], rtol=1e-5, atol=1e-5)
+        assert_close(layer.bias.data, data[f"b{i + 1}"], rtol=1e-5, atol=1e-5)
+
+
+def test_lars_decays_and_rescales_matrices_alone():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    w, b = layer.weight.data.clone(), layer.bias.data.clone()
+    optimizer = LARS(layer.parameters(), lr=0.5, weight_decay=0.1, momentum=0.8, trust_coefficient=0.01)
+    mu_w, mu_b = torch.zeros(3, 4), torch.zeros(3)
+    for _ in range(3):
+        layer.weight.grad, layer.bias.grad = torch.randn(3, 4), torch.randn(3)
+        update = layer.weight.grad + 0.1 * w
+        mu_w = 0.8 * mu_w + update * (0.01 * w.norm() / update.norm())
+        mu_b = 0.8 * mu_b + layer.bias.grad
+        w, b = w - 0.5 * mu_w, b - 0.5 * mu_b
+        optimizer.step()
+    assert_close(layer.weight.data, w)
+    assert_close(layer.bias.data, b)
+
+
+def test_lars_steps_plainly_from_a_zero_matrix_and_stays_at_a_zero_gradient():
+    zero, still = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
+    unused = nn.Parameter(torch.ones(2, 2))
+    zero.grad, still.grad = torch.full((2, 2), 3.0), torch.zeros(2, 2)
+    LARS([zero, still, unused], lr=0.1).step()
+    assert_close(zero.data, torch.full((2, 2), -0.3))
+    assert torch.equal(still, torch.ones(2, 2))
+    assert torch.equal(unused, torch.ones(2, 2))
+
+
+# --- which parameter gets which rate and decay --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("decay", [0.65, 0.75])
+def test_layer_decay_gives_each_parameter_the_recorded_rate_and_decay(recipe, size, decay):
+    with torch.device("meta"):
+        model = models_vit.MODELS[f"vit_{size}"](num_classes=1000, global_pool=True)
+    groups = named_groups(model, param_groups_lrd(model, 0.05, model.no_weight_decay(), decay))
+    expected = recipe[f"layer_decay/{size}/{decay}"]
+    assert groups.keys() == expected.keys()
+    for name, (scale, weight_decay) in expected.items():
+        assert groups[name]["lr_scale"] == pytest.approx(scale, rel=1e-12), name
+        assert groups[name]["weight_decay"] == weight_decay, name
+
+
+def test_layer_decay_leaves_out_frozen_parameters():
+    model = small_vit()
+    model.blocks.requires_grad_(False)
+    names = named_groups(model, param_groups_lrd(model, 0.05, model.no_weight_decay(), 0.75)).keys()
+    assert names == {name for name, _ in model.named_parameters() if not name.startswith("blocks.")}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pretraining_decays_the_recorded_parameters(recipe, size):
+    with torch.device("meta"):
+        model = models_mae.MODELS[f"mae_vit_{size}"]()
+    groups = named_groups(model, param_groups_weight_decay(model, 0.05))
+    assert {name: group["weight_decay"] for name, group in groups.items()} == recipe[f"pretrain_weight_decay/{size}"]
+
+
+class Caught(Exception):
+    """Carries what a script hands to its engine."""
+
+
+def set_up(script, options: str, root, monkeypatch) -> tuple:
+    """Run a script up to its first epoch -> (what the engine is called with, the same by name)."""
+
+    def catch(*args, **options):
+        raise Caught(args, options)
+
+    monkeypatch.setattr(script, "train_one_epoch", catch)
+    monkeypatch.setattr(script, "setup_logging", lambda env, output_dir: None)
+    data = write_image_folder(root, n_train=2, n_val=1)
+    common = f"--data_path {data} --epochs 7 --warmup_epochs 3 --num_workers 0 --device cpu --amp off".split()
+    with pytest.raises(Caught) as caught:
+        script.main(
+            script.get_args_parser().parse_args([*common, "--output_dir", "", "--log_dir", "", *options.split()])
+        )
+    return caught.value.args
+
+
+def test_main_pretrain_hands_over_the_recorded_optimizer(recipe, tmp_path, monkeypatch):
+    options = "--model mae_vit_tiny_patch4 --input_size 32 --batch_size 1 --accum_iter 2 --weight_decay 0.07"
+    (model, _, step, schedule, _), named = set_up(main_pretrain, options, tmp_path, monkeypatch)
+    assert type(step.optimizer) is torch.optim.AdamW
+    groups = named_groups(model, step.optimizer.param_groups)
+    assert groups.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    # all blocks alike: recorded names without the number of the block
+    recorded = recipe["pretrain_weight_decay/base_patch16"]
+    decayed = {re.sub(r"\.\d+\.", ".", name): decay > 0 for name, decay in recorded.items()}
+    for name, group in groups.items():
+        assert group["betas"] == (0.9, 0.95)
+        assert group["weight_decay"] == (0.07 if decayed[re.sub(r"\.\d+\.", ".", name)] else 0), name
+    assert step.model is model and step.accum_iter == 2 and step.clip_grad is None and step.dtype is None
+    assert schedule == Schedule(lr=1e-3 * 2 / 256, min_lr=0.0, warmup_epochs=3, epochs=7)
+    assert named["mask_ratio"] == 0.75
+
+
+def test_main_finetune_hands_over_layer_decay_and_clipping(tmp_path, monkeypatch):
+    options = "--model vit_tiny_patch4 --input_size 32 --nb_classes 3 --batch_size 2 --lr 0.5 --clip_grad 2 "
+    options += "--weight_decay 0.07 --layer_decay 0.5 --drop_path 0.3"
+    (model, _, _, step, schedule, _), named = set_up(main_finetune, options, tmp_path, monkeypatch)
+    assert type(step.optimizer) is torch.optim.AdamW
+    groups = named_groups(model, step.optimizer.param_groups)
+    assert groups.keys() == {name for name, _ in model.named_parameters()}
+    for name, group in groups.items():
+        assert group["betas"] == (0.9, 0.999)
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 5
+        layer = 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else layer
+        assert group["lr_scale"] == 0.5 ** (5 - layer), name
+        plain = name in ("cls_token", "pos_embed") or model.get_parameter(name).ndim == 1
+        assert group["weight_decay"] == (0 if plain else 0.07), name
+    assert step.clip_grad == 2 and named["mixup"] is None
+    assert [getattr(block.drop_path1, "drop_prob", 0) for block in model.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert schedule == Schedule(lr=0.5, min_lr=1e-6, warmup_epochs=3, epochs=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", LabelSmoothingCrossEntropy),
+        ("--smoothing 0", nn.CrossEntropyLoss),
+        ("--mixup 0.8", SoftTargetCrossEntropy),
+        ("--cutmix 1.0", SoftTargetCrossEntropy),
+        ("--cutmix_minmax 0.2 0.8 --smoothing 0", SoftTargetCrossEntropy),
+    ],
+)
+def test_main_finetune_chooses_the_loss_that_fits_the_targets(tmp_path, monkeypatch, options, expected):
+    base = "--model vit_tiny_patch4 --input_size 32 --nb_classes 3 --batch_size 2 "
+    (_, criterion, *_), named = set_up(main_finetune, base + options, tmp_path, monkeypatch)
+    assert type(criterion) is expected
+    mixup = named["mixup"]
+    assert (mixup is not None) == (expected is SoftTargetCrossEntropy)
+    if expected is LabelSmoothingCrossEntropy:
+        assert criterion.smoothing == 0.1
+    if mixup is not None:  # it smooths the targets
+        assert mixup.label_smoothing == (0 if "smoothing" in options else 0.1) and mixup.num_classes == 3
+
+
+def test_main_linprobe_hands_over_lars_on_a_fresh_head_alone(tmp_path, monkeypatch):
+    options = "--model vit_tiny_patch4 --input_size 32 --nb_classes 3 --batch_size 2"
+    (model, criterion, _, step, schedule, _), _ = set_up(main_linprobe, options, tmp_path, monkeypatch)
+    assert type(step.optimizer) is LARS and type(criterion) is nn.CrossEntropyLoss
+    [group] = step.optimizer.param_groups
+    assert (group["momentum"], group["trust_coefficient"], group["weight_decay"]) == (0.9, 0.001, 0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert named_groups(model, [group]).keys() == trained == {"head.1.weight", "head.1.bias"}
+    norm, linear = model.head
+    assert isinstance(norm, nn.BatchNorm1d) and norm.eps == 1e-6 and not norm.affine
+    # 192 draws of deviation 0.01, six standard errors of it allowed
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=6 / math.sqrt(2 * 192)) and not linear.bias.any()
+    assert schedule == Schedule(lr=0.1 * 2 / 256, min_lr=0.0, warmup_epochs=3, epochs=7)
+
+
+# --- schedule -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("kind", [Schedule, SimpleNamespace])
+def test_schedule_passes_the_recorded_points(recipe, number, kind):
+    recorded = dict(recipe["lr_schedule"][number])
+    points = recorded.pop("points")
+    args = kind(**recorded)
+    whole, half = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [whole]}, {"params": [half], "lr_scale": 0.5}], lr=9.0)
+    for epoch, lr, lr_of_half in points:
+        # near the end 1 + cos(...) loses all but six digits
+        assert adjust_learning_rate(optimizer, epoch, args) == pytest.approx(lr, rel=1e-6, abs=1e-18)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([lr, lr_of_half], rel=1e-6, abs=1e-18)
+
+
+def test_schedule_works_without_warm_up():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=9.0)
+    rates = [adjust_learning_rate(optimizer, e, Schedule(1.0, 0.0, 0, 2)) for e in (0, 1, 2)]
+    assert rates == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_scaled_lr_follows_the_batch_unless_an_absolute_rate_is_given():
+    assert scaled_lr(None, 1.5e-4, 4096) == pytest.approx(2.4e-3)
+    assert scaled_lr(None, 1e-3, 256) == pytest.approx(1e-3)
+    assert scaled_lr(0.7, 1e-3, 4096) == 0.7
+    assert scaled_lr(0.0, 1e-3, 4096) == 0.0
+
+
+# --- positions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "width", "side"), [("sincos_48_4", 48, 4), ("sincos_96_14", 96, 14)])
+def test_position_table_is_the_recorded_one(golden, name, width, side):
+    expected = golden("pos_embed")[name].numpy()
+    table = get_2d_sincos_pos_embed(width, side, cls_token=True)
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(get_2d_sincos_pos_embed(width, (side, side)), expected[1:], rtol=0, atol=1e-6)
+
+
+def test_position_table_of_a_rectangle_encodes_column_then_row():
+    table = get_2d_sincos_pos_embed(8, (2, 5))
+    assert table.shape == (10, 8)
+    for row in range(2):
+        for column in range(5):
+            naive = [
+                f(place / 10000 ** (i / 2)) for place in (column, row) for f in (math.sin, math.cos) for i in (0, 1)
+            ]
+            np.testing.assert_allclose(table[row * 5 + column], naive, rtol=0, atol=1e-6)
+
+
+def test_position_table_needs_a_width_divisible_by_4():
+    with pytest.raises(ValueError, match="embed_dim 6 must be divisible by 4"):
+        get_2d_sincos_pos_embed(6, 4)
+
+
+def grid_model(height: int, width: int) -> VisionTransformer:
+    """Its positions are [1, 1 + height * width, 16]."""
+    return VisionTransformer((4 * height, 4 * width), 4, embed_dim=16, depth=0, num_heads=2, num_classes=2)
+
+
+def resized(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Bicubic, the class token apart."""
+    grid = positions[:, 1:].transpose(1, 2).reshape(1, -1, *old)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.reshape(1, grid.shape[1], -1).transpose(1, 2)], dim=1)
+
+
+def test_positions_are_interpolated_in_place_to_the_recorded_ones(golden):
+    data = golden("pos_embed")
+    head = torch.zeros(3)
+    state = {"pos_embed": data["interp_in_4_7"].clone(), "head.bias": head}
+    assert interpolate_pos_embed(grid_model(7, 7), state) is None
+    assert_close(state["pos_embed"], data["interp_out_4_7"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(state["pos_embed"][:, 0], data["interp_in_4_7"][:, 0])
+    assert state.keys() == {"pos_embed", "head.bias"} and state["head.bias"] is head
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "given"),
+    [
+        ((4, 4), (4, 4), None),
+        ((4, 4), (2, 8), None),  # as many patches, in another shape
+        ((4, 4), (3, 5), None),
+        ((3, 5), (3, 5), None),  # not a square: the model's own grid
+        ((2, 8), (4, 4), (2, 8)),
+        ((2, 8), (2, 8), (2, 8)),
+        ((3, 5), (6, 4), (3, 5)),
+    ],
+)
+def test_positions_move_between_rectangles(source, target, given):
+    torch.manual_seed(0)
+    old = torch.randn(1, 1 + source[0] * source[1], 16)
+    state = {"pos_embed": old.clone()}
+    interpolate_pos_embed(grid_model(*target), state, source_grid=given)
+    if source == target:
+        assert torch.equal(state["pos_embed"], old)
+    else:
+        assert_close(state["pos_embed"], resized(old, source, target))
+    model = grid_model(*target)
+    model.load_state_dict(state | {k: v for k, v in model.state_dict().items() if k != "pos_embed"})
+
+
+def test_positions_of_an_unknown_grid_are_refused():
+    state = {"pos_embed": torch.zeros(1, 1 + 15, 16)}
+    with pytest.raises(UserError, match="15 patches.*4 x 4"):
+        interpolate_pos_embed(grid_model(4, 4), state)
+    with pytest.raises(UserError, match="16 patches"):
+        interpolate_pos_embed(grid_model(4, 4), {"pos_embed": torch.zeros(1, 1 + 16, 16)}, source_grid=(3, 5))
+
+
+def test_a_state_dict_without_positions_is_left_alone():
+    state = {"head.bias": torch.zeros(3)}
+    interpolate_pos_embed(grid_model(4, 4), state)
+    assert state.keys() == {"head.bias"}
+
+
+# --- whole runs through the engines -------------------------------------------------------------------------------
+
+
+def assert_final_weights(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name in expected:
+        ours, theirs = state[name].clone(), expected[name].clone()
+        if name.endswith("attn.qkv.bias"):
+            # A bias on the keys adds the same to all scores of a query, which softmax ignores: its true gradient is 0.
+            # AdamW divides the rounding error by its own size, so this third only has to stay small (12 steps of a
+            # real gradient move a bias by 1e-2).
+            d = len(ours) // 3
+            assert ours[d : 2 * d].abs().max() < 1e-3
+            ours[d : 2 * d] = theirs[d : 2 * d] = 0
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_pretraining_follows_the_recorded_trajectory(golden):
+    data = golden("pretrain_steps")
+    c = data.config
+    model = MaskedAutoencoderViT(
+        c["img_size"], c["patch_size"], 3, c["embed_dim"], c["depth"], c["num_heads"], c["decoder_embed_dim"],
+        c["decoder_depth"], c["decoder_num_heads"], c["mlp_ratio"], norm_pix_loss=c["norm_pix_loss"],
+        norm_layer=lambda width, **where: nn.LayerNorm(width, eps=c["layer_norm_eps"], **where),
+    )  # fmt: skip
+    model.load_state_dict(data.group("init"))
+    groups = param_groups_weight_decay(model, c["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=9.0, betas=tuple(c["betas"]))
+    wrapped = WithNoise(model, data["noise"])
+    step = Step(wrapped, optimizer, CPU.device, None, c["accum_iter"])
+    schedule = Schedule(c["lr"], c["min_lr"], c["warmup_epochs"], c["epochs"])
+    curves, n = Curves(), c["steps_per_epoch"]
+    for epoch in range(c["epochs"]):
+        loader = [(imgs, None) for imgs in data["imgs"][n * epoch : n * (epoch + 1)]]
+        stats = engine_pretrain.train_one_epoch(
+            wrapped, loader, step, schedule, epoch, mask_ratio=c["mask_ratio"], seed=0, env=CPU, run_log=curves
+        )
+        span = slice(n * epoch, n * (epoch + 1))
+        assert stats["loss"] == pytest.approx(data["losses"][span].mean().item(), rel=1e-5)
+        assert stats["lr"] == pytest.approx(data["lrs"][span].mean().item(), rel=1e-6)
+    assert curves.values("train_loss") == pytest.approx(data["losses"].tolist(), rel=1e-5)
+    assert curves.values("lr") == pytest.approx(data["lrs"].tolist(), rel=1e-6)
+    assert curves.x("train_loss") == curves.x("lr") == [250 * i for i in range(12)]  # 1000 x fractional epoch
+    assert_final_weights(model, data.group("final"))
+
+
+def test_fine_tuning_follows_the_recorded_trajectory(golden):
+    data = golden("finetune_steps")
+    c = data.config
+    model = VisionTransformer(
+        c["img_size"], c["patch_size"], embed_dim=c["embed_dim"], depth=c["depth"], num_heads=c["num_heads"],
+        mlp_ratio=c["mlp_ratio"], num_classes=c["num_classes"], global_pool=c["global_pool"],
+    )  # fmt: skip
+    model.load_state_dict(data.group("init"))
+    groups = param_groups_lrd(model, c["weight_decay"], model.no_weight_decay(), c["layer_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=9.0, betas=tuple(c["betas"]))
+    step = Step(model, optimizer, CPU.device, None, c["accum_iter"], c["clip_grad"])
+    schedule = Schedule(c["lr"], c["min_lr"], c["warmup_epochs"], c["epochs"])
+    criterion = LabelSmoothingCrossEntropy(c["label_smoothing"])
+    curves, n = Curves(), c["steps_per_epoch"]
+    for epoch in range(c["epochs"]):
+        span = slice(n * epoch, n * (epoch + 1))
+        loader = list(zip(data["imgs"][span], data["targets"][span], strict=True))
+        stats = engine_finetune.train_one_epoch(
+            model, criterion, loader, step, schedule, epoch, seed=0, env=CPU, run_log=curves
+        )
+        assert stats["loss"] == pytest.approx(data["losses"][span].mean().item(), rel=1e-5)
+    assert curves.values("loss") == pytest.approx(data["losses"].tolist(), rel=1e-5)
+    optimizer_for_rates = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=9.0)
+    lrs = [adjust_learning_rate(optimizer_for_rates, i // 2 * 2 / n, schedule) for i in range(12)]
+    assert curves.values("lr") == pytest.approx(lrs, rel=1e-6)
+    assert curves.x("loss") == curves.x("lr") == [250 * i for i in range(12)]
+    assert_final_weights(model, data.group("final"))
+
+
+@pytest.mark.parametrize("engine", ["pretrain", "finetune"])
+def test_accumulating_two_batches_equals_one_of_twice_the_size(engine):
+    torch.manual_seed(0)
+    imgs, noise, labels = torch.randn(8, 4, 3, 16, 16), torch.rand(8, 4, 16), torch.randint(5, (8, 4))
+    start = (small_mae() if engine == "pretrain" else small_vit()).state_dict()
+    finals = []
+    for accum_iter in (2, 1):
+        # one batch of 8 instead of two of 4
+        x, z, y = (t if accum_iter == 2 else t.reshape(4, 8, *t.shape[2:]) for t in (imgs, noise, labels))
+        model = small_mae() if engine == "pretrain" else small_vit()
+        model.load_state_dict(start)
+        # plain momentum: AdamW would blow up rounding where a gradient is zero
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=9.0, momentum=0.9)
+        schedule = Schedule(lr=0.1, min_lr=0, warmup_epochs=0, epochs=1)
+        if engine == "pretrain":
+            model = WithNoise(model, z)
+            step = Step(model, optimizer, CPU.device, None, accum_iter)
+            engine_pretrain.train_one_epoch(
+                model, [(batch, None) for batch in x], step, schedule, 0,
+                mask_ratio=0.75, seed=0, env=CPU, run_log=Curves(),
+            )  # fmt: skip
+            model = model.model
+        else:
+            step = Step(model, optimizer, CPU.device, None, accum_iter)
+            loader = list(zip(x, y, strict=True))
+            engine_finetune.train_one_epoch(
+                model, nn.CrossEntropyLoss(), loader, step, schedule, 0, seed=0, env=CPU, run_log=Curves()
+            )
+        finals.append(model.state_dict())
+    assert_close(finals[0], finals[1], rtol=1e-5, atol=1e-6)
+    moved = max((finals[0][name] - start[name]).abs().max() for name in start)
+    assert moved > 1e-3  # far above the tolerance
+
+
+def test_masks_are_decided_by_seed_and_step_and_follow_the_requested_ratio():
+    torch.manual_seed(0)
+    imgs = torch.randn(2, 3, 16, 16)
+
+    class Spy(nn.Module):
+        """Counts the kept patches and notes the loss of each pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.model, self.masks = small_mae(), []
+
+        def forward(self, imgs, **options):
+            state = torch.get_rng_state()
+            _, _, mask = self.model(imgs, mask_ratio=options["mask_ratio"])
+            torch.set_rng_state(state)
+            self.masks.append(mask)
+            return self.model(imgs, **options)
+
+    def masks(seed: int, epoch: int) -> list[torch.Tensor]:
+        spy = Spy()
+        optimizer = torch.optim.SGD(spy.parameters(), lr=0.0)
+        step, schedule = Step(spy, optimizer, CPU.device), Schedule(0.0, 0.0, 0, 5)
+        options = {"mask_ratio": 0.5, "seed": seed, "env": CPU, "run_log": Curves()}
+        engine_pretrain.train_one_epoch(spy, [(imgs, None)] * 2, step, schedule, epoch, **options)
+        return spy.masks
+
+    first = masks(0, 0)
+    assert all((mask.sum(dim=1) == 8).all() for mask in first)
+    torch.rand(3)  # what was drawn before plays no part
+    assert all(map(torch.equal, first, masks(0, 0)))
+    others = [*first, *masks(0, 1), *masks(1, 0)]
+    assert len({tuple(mask.flatten().tolist()) for mask in others}) == 6
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_evaluation_gives_the_naive_figures(classes):
+    torch.manual_seed(0)
+    model = small_vit(num_classes=classes, drop_path_rate=0.5)
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    model.train()
+    imgs, labels = torch.randn(23, 3, 16, 16), torch.randint(classes, (23,))
+    loader = [(imgs[i : i + 5], labels[i : i + 5]) for i in range(0, 23, 5)]  # the last one is smaller
+    stats = engine_finetune.evaluate(model, loader, CPU, None, sharded=False)
+    with torch.no_grad():
+        logits = model.eval()(imgs)
+    order = logits.argsort(dim=1, descending=True)
+    ranks = [order[n].tolist().index(labels[n]) for n in range(23)]
+    losses = [(logits[n].logsumexp(0) - logits[n, labels[n]]).item() for n in range(23)]
+    expected = {
+        "loss": sum(losses) / 23,
+        "acc1": 100 * sum(r < 1 for r in ranks) / 23,
+        "acc5": 100 * sum(r < min(5, classes) for r in ranks) / 23,
+    }
+    assert stats == pytest.approx(expected, rel=1e-5)
+    assert 0 < stats["acc1"] < 100
+
+
+class Sick(nn.Module):
+    """A model whose loss becomes `value` at its pass number `at`."""
+
+    def __init__(self, at: int, value: float) -> None:
+        super().__init__()
+        self.weight, self.at, self.value, self.passes = nn.Parameter(torch.ones(1)), at, value, 0
+
+    def forward(self, imgs, mask_ratio=None, loss_only=True):
+        loss = (self.weight * imgs).mean() + (self.value if self.passes == self.at else 0)
+        self.passes += 1
+        return loss if loss_only else (loss, None, None)
+
+
+@pytest.mark.parametrize("engine", ["pretrain", "finetune"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_loss_ends_the_run_naming_the_steps(engine, value):
+    model = Sick(at=25, value=value)
+    step = Step(model, torch.optim.SGD(model.parameters(), lr=9.0), CPU.device)
+    schedule = Schedule(lr=0.001, min_lr=0.001, warmup_epochs=0, epochs=9)
+    loader = [(torch.zeros(1), torch.zeros(1))] * 50
+    names = r"Epoch: \[3\].*non-finite at iteration 25 of 50 \(read at iterations 21 to 40; lr 0.001\)"
+    curves = Curves()
+    with pytest.raises(NonFiniteLossError, match=names):
+        if engine == "pretrain":
+            engine_pretrain.train_one_epoch(
+                model, loader, step, schedule, 3, mask_ratio=0.75, seed=0, env=CPU, run_log=curves
+            )
+        else:
+            engine_finetune.train_one_epoch(
+                model, lambda loss, _: loss, loader, step, schedule, 3, seed=0, env=CPU, run_log=curves
+            )
+    losses = curves.values("train_loss" if engine == "pretrain" else "loss")
+    assert losses == [0.0] * 21  # what was read before
+
+
+# --- the host never waits between log points ----------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a tensor's content decides something on the host: each would wait for a GPU.
+
+    Two kinds are told apart: inside Progress.read, at log points, and elsewhere.
+    """
+
+    aten = torch.ops.aten
+    WAITING = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
+
+    def __init__(self, optimizer: torch.optim.Optimizer, monkeypatch) -> None:
+        super().__init__()
+        self.optimizer, self.at_log_points, self.elsewhere, self.reading = optimizer, 0, Counter(), False
+        read = Progress.read
+
+        def counted_read(progress):
+            self.reading = True
+            steps = read(progress)
+            self.reading = False
+            return steps
+
+        monkeypatch.setattr(Progress, "read", counted_read)
+        for name in ("tolist", "numpy", "cpu"):  # these don't pass through the dispatcher, or do nothing on the CPU
+            method = getattr(torch.Tensor, name)
+
+            def counted(tensor, *args, _method=method, _name=name, **options):
+                self.note(_name, tensor)
+                return _method(tensor, *args, **options)
+
+            monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is self.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if func in self.WAITING or by_mask:
+            self.note(str(func), args[0])
+        return func(*args, **(kwargs or {}))
+
+    def note(self, what: str, tensor: torch.Tensor) -> None:
+        # AdamW counts its steps in a tensor for each parameter, which torch itself keeps on the CPU, so that reading it
+        # waits for nothing
+        if any(tensor is state.get("step") for state in self.optimizer.state.values()):
+            return
+        if self.reading:
+            self.at_log_points += 1
+        else:
+            self.elsewhere[what] += 1
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_pretraining_reads_no_tensor_between_log_points(monkeypatch, clip_grad):
+    torch.manual_seed(0)
+    model = small_mae()
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=9.0)
+    step = Step(model, optimizer, CPU.device, torch.bfloat16, accum_iter=2, clip_grad=clip_grad)
+    loader = [(torch.randn(2, 3, 16, 16), None) for _ in range(6)]
+    with HostReads(optimizer, monkeypatch) as reads:
+        engine_pretrain.train_one_epoch(
+            model, loader, step, Schedule(0.001, 0, 1, 2), 0, mask_ratio=0.75, seed=0, env=CPU, run_log=Curves()
+        )
+    assert reads.elsewhere == {}
+    assert reads.at_log_points == 2  # the first step and the last
+
+
+@pytest.mark.parametrize("kind", ["finetune", "mixup", "probe"])
+def test_classifiers_read_no_tensor_between_log_points(monkeypatch, kind):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    model = small_vit(drop_path_rate=0.2)
+    mixup, criterion = None, LabelSmoothingCrossEntropy(0.1)
+    optimizer = torch.optim.AdamW(param_groups_lrd(model, 0.05, model.no_weight_decay(), 0.75), lr=9.0)
+    if kind == "mixup":
+        mixup, criterion = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=5), SoftTargetCrossEntropy()
+    if kind == "probe":
+        model.requires_grad_(False)
+        model.head = nn.Sequential(nn.BatchNorm1d(24, affine=False, eps=1e-6), nn.Linear(24, 5))
+        optimizer, criterion = LARS(model.head.parameters(), lr=9.0), nn.CrossEntropyLoss()
+    step = Step(model, optimizer, CPU.device, torch.bfloat16, accum_iter=2, clip_grad=None if kind == "probe" else 1.0)
+    loader = [(torch.randn(2, 3, 16, 16), torch.randint(5, (2,))) for _ in range(6)]
+    with HostReads(optimizer, monkeypatch) as reads:
+        engine_finetune.train_one_epoch(
+            model, criterion, loader, step, Schedule(0.001, 0, 1, 2), 0,
+            mixup=mixup, seed=0, env=CPU, run_log=Curves(),
+        )  # fmt: skip
+    assert reads.elsewhere == {}
+    assert reads.at_log_points == 2
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.item(), lambda t: float(t), lambda t: int(t), lambda t: bool(t), lambda t: t.tolist(),
+        lambda t: t.numpy(), lambda t: t.cpu(), lambda t: f"{t:.4f}", lambda t: t > 0 and 1, lambda t: t[t > 0],
+        lambda t: math.isfinite(t), lambda t: np.asarray(t), lambda t: torch.equal(t, t), lambda t: t.nonzero(),
+    ],
+)  # fmt: skip
+def test_the_counter_of_host_reads_sees_every_kind(monkeypatch, read):
+    with HostReads(torch.optim.SGD([torch.zeros(1)]), monkeypatch) as reads:
+        read(torch.ones(()))
+    assert reads.elsewhere.total() >= 1 and reads.at_log_points == 0
+
+
+# --- the optimizer step -------------------------------------------------------------------------------------------
+
+
+class Slope(nn.Module):
+    """`lean` gives a loss whose gradient is the vector that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def lean(self, *gradient: float):
+        return lambda: (self.weight * torch.tensor(gradient)).sum() + 7
+
+
+def slope_step(**options) -> tuple[Slope, Step]:
+    """SGD of rate 1: the weight moves by minus the gradient."""
+    model = Slope()
+    return model, Step(model, torch.optim.SGD(model.parameters(), lr=1.0), CPU.device, **options)
+
+
+def test_a_step_updates_on_request_with_the_mean_gradient_and_forgets_it():
+    model, step = slope_step(accum_iter=2)
+    for _ in range(2):
+        start = model.weight.detach().clone()
+        step(model.lean(1.0, 2.0), update=False)
+        assert torch.equal(model.weight, start)
+        step(model.lean(3.0, -4.0), update=True)
+        assert_close(model.weight.data, start - torch.tensor([2.0, -1.0]))
+
+
+def test_a_step_returns_the_loss_of_the_pass_without_its_graph():
+    model, step = slope_step(accum_iter=4, dtype=torch.float16)
+    loss = step(model.lean(1.0, 2.0), update=False)
+    assert loss.item() == 7 and not loss.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("limit", "moved"), [(1.0, (0.6, 0.8)), (10.0, (3.0, 4.0))])
+def test_clipping_limits_the_norm_of_the_accumulated_unscaled_gradient(dtype, limit, moved):
+    model, step = slope_step(accum_iter=2, clip_grad=limit, dtype=dtype)
+    step(model.lean(6.0, 0.0), update=False)
+    step(model.lean(0.0, 8.0), update=True)
+    assert_close(model.weight.data, -torch.tensor(moved))
+    assert step.grad_norm.item() == pytest.approx(5.0)
+
+
+def test_without_clipping_nothing_is_limited_or_measured():
+    model, step = slope_step()
+    step(model.lean(300.0, 400.0), update=True)
+    assert model.weight.tolist() == [-300, -400] and step.grad_norm is None
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_step_computes_in_the_chosen_precision_on_float32_weights(dtype):
+    layer = nn.Linear(4, 1)
+    step = Step(layer, torch.optim.SGD(layer.parameters(), lr=1.0), CPU.device, dtype)
+    seen = []
+
+    def forward():
+        seen.append(layer(torch.ones(2, 4)))
+        return seen[0].float().mean()
+
+    step(forward, update=True)
+    assert seen[0].dtype == (dtype or torch.float32)
+    assert layer.weight.dtype == torch.float32
+    # float16 alone has so few exponent bits that gradients must be scaled
+    assert step.scaler.is_enabled() == (dtype == torch.float16)
+
+
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(clip_grad):
+    model, step = slope_step(dtype=torch.float16, clip_grad=clip_grad)
+    scale = step.scaler.get_scale()
+    step(model.lean(1e37, 0.0), update=True)  # times the scale, beyond float32
+    assert model.weight.tolist() == [0, 0]
+    assert step.scaler.get_scale() < scale
+    step(model.lean(0.25, 0.5), update=True)
+    assert_close(model.weight.data, torch.tensor([-0.25, -0.5]))
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "has_bf16", "expected"),
+    [
+        ("off", "cuda", True, None),
+        ("bf16", "cpu", False, torch.bfloat16),
+        ("fp16", "cuda", True, torch.float16),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("auto", "cpu", True, torch.bfloat16),
+        ("auto", "cpu", False, None),
+        ("auto", "mps", True, None),
+    ],
+)
+def test_auto_precision_is_what_the_device_computes_in(monkeypatch, amp, device, has_bf16, expected):
+    # emulated bf16, as on older GPUs, is slower than fp16
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
+    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16}, raising=False)
+    assert autocast_dtype(amp, torch.device(device)) is expected
+
+
+# --- the crop of the linear probe ---------------------------------------------------------------------------------
+
+DRAWS = 4000
+PROBE = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+
+
+def boxes(width: int, height: int, **options) -> np.ndarray:
+    """[DRAWS, 4]: top, left, height, width."""
+    torch.manual_seed(0)
+    image = Image.new("RGB", (width, height))
+    return np.array([RandomResizedCrop.get_params(image, **(PROBE | options)) for _ in range(DRAWS)])
+
+
+def assert_uniform(values: np.ndarray, low: float, high: float, slack: float = 0.0) -> None:
+    """No decile is further off than a sample of this size explains, or rounding to pixels (`slack`)."""
+    share = np.arange(1, 10) / 10
+    # a quantile's standard error is sqrt(q (1 - q) / n) of the range; five of them are allowed
+    allowed = (high - low) * 5 * np.sqrt(share * (1 - share) / len(values)) + slack
+    assert (np.abs(np.quantile(values, share) - (low + (high - low) * share)) < allowed).all()
+    assert values.min() >= low - slack and values.max() <= high + slack
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (200, 10), (10, 200), (1, 50), (50, 1), (1, 1)])
+def test_crop_is_never_empty_and_never_leaves_the_image(width, height):
+    top, left, h, w = boxes(width, height).T
+    assert (top >= 0).all() and (left >= 0).all() and (h >= 1).all() and (w >= 1).all()
+    assert (top + h <= height).all() and (left + w <= width).all()
+
+
+def test_crop_area_is_uniform_in_its_range():
+    _, _, h, w = boxes(4000, 4000, ratio=(1.0, 1.0)).T
+    assert (h == w).all()
+    assert_uniform(h * w / 4000**2, 0.08, 1.0, slack=1e-3)
+
+
+def test_crop_shape_is_uniform_in_the_logarithm_of_width_over_height():
+    _, _, h, w = boxes(4000, 2000, scale=(0.2, 0.2)).T
+    assert_uniform(np.log(w / h), math.log(3 / 4), math.log(4 / 3), slack=2e-3)
+    assert np.abs(h * w / (4000 * 2000) - 0.2).max() < 1e-3
+
+
+def test_crop_corner_is_uniform_over_the_places_that_are_left():
+    top, left, h, w = boxes(40, 20, scale=(0.125, 0.125), ratio=(1.0, 1.0)).T
+    assert (h == 10).all() and (w == 10).all()
+    for corner, places in ((top, 11), (left, 31)):
+        counts = np.bincount(corner, minlength=places)
+        assert len(counts) == places  # the last place, flush with the edge, included
+        assert np.abs(counts - DRAWS / places).max() < 5 * math.sqrt(DRAWS / places)
+    assert abs(np.corrcoef(top, left)[0, 1]) < 5 / math.sqrt(DRAWS)
+
+
+def test_crop_too_large_for_the_image_is_clipped_not_drawn_again():
+    """torchvision would fall back to the centre."""
+    _, left, h, w = boxes(1000, 10, scale=(0.5, 0.5), ratio=(1.0, 1.0)).T
+    assert (h == 10).all() and (w == round(math.sqrt(0.5 * 1000 * 10))).all()
+    assert_uniform(left, 0, 1000 - w[0], slack=1)
+
+
+def test_crop_gives_the_asked_size():
+    assert RandomResizedCrop(24)(Image.new("RGB", (1, 50))).size == (24, 24)
+    assert RandomResizedCrop(24)(torch.zeros(3, 30, 40)).shape == (3, 24, 24)

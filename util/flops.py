@@ -1,0 +1,64 @@
+"""Arithmetic of the models: multiply-adds of matrix products per image, and the peak rate of known cards.
+
+Letters: D width, L tokens. One multiply-add is 2 operations; backward costs twice the forward pass.
+"""
+
+import torch
+from torch import nn
+
+# dense bf16/fp16 matrix rate in TFLOP/s by the vendors' datasheets; the first name that the device's name contains
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "V100": 125,
+    "T4": 65,
+}
+
+
+def block_macs(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
+    """Multiply-adds of one transformer block: qkv, output and MLP projections, and the two products of attention."""
+    projections = (4 + 2 * mlp_ratio) * width**2 * tokens
+    attention = 2 * tokens**2 * width
+    return projections + attention
+
+
+def pretrain_macs(model: nn.Module, mask_ratio: float) -> tuple[float, float, float]:
+    """MaskedAutoencoderViT -> forward multiply-adds per image of (patch embedding, encoder, decoder).
+
+    Counts what the method needs, so that a share of the peak compares implementations: all patches embedded and
+    predicted, 1 + K tokens encoded, 1 + L decoded.
+    """
+    from models_mae import kept_patches
+
+    n_patches, width = model.patch_embed.num_patches, model.pos_embed.shape[-1]
+    decoder_width, pixels = model.decoder_pos_embed.shape[-1], model.decoder_pred.out_features
+    kept = 1 + kept_patches(n_patches, mask_ratio)
+    encoder = len(model.blocks) * block_macs(kept, width)
+    decoder = len(model.decoder_blocks) * block_macs(1 + n_patches, decoder_width)
+    ends = kept * width * decoder_width + n_patches * decoder_width * pixels
+    return n_patches * pixels * width, encoder, decoder + ends
+
+
+def classifier_macs(model: nn.Module) -> float:
+    """VisionTransformer -> forward multiply-adds per image."""
+    n_patches, width = model.patch_embed.num_patches, model.pos_embed.shape[-1]
+    pixels = model.patch_embed.proj.weight[0].numel()
+    return n_patches * pixels * width + len(model.blocks) * block_macs(1 + n_patches, width)
+
+
+def training_flops(forward_macs: float) -> float:
+    """Operations per image of forward and backward."""
+    return 6 * forward_macs
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The card's rate from the table above; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)
