@@ -46,7 +46,7 @@ def train_one_epoch(
         if mixup is not None:
             imgs, targets = mixup(imgs, targets)
         update = (i + 1) % step.accum_iter == 0
-        loss = step(lambda: criterion(model(imgs), targets), update)  # noqa: B023
+        loss = step(lambda: criterion(model(imgs).float(), targets), update)  # noqa: B023
 
         progress.add(i, lr=lr, loss=loss)
         if progress.due(i):  # the only place where the host waits for the device

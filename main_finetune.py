@@ -10,7 +10,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, rng
+from util import checkpoint, cli, datasets, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -106,6 +106,7 @@ def main(args: argparse.Namespace) -> None:
         global_pool=args.global_pool,
     )
     dtype = autocast_dtype(args.amp, env.device)
+    speed.set_backends(dtype)
     if args.eval:
         checkpoint.resume_for_eval(args.resume, model)
         evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
@@ -119,6 +120,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(env.device)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"{args.model}: {n_parameters:,} parameters")
+    speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)
 
     # loss: with mixing, the targets are soft and Mixup has smoothed them already
@@ -137,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     lr = scaled_lr(args.lr, args.blr, effective_batch)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
     log.info(
         f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"

@@ -7,7 +7,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, rng
+from util import checkpoint, cli, datasets, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.lars import LARS
 from util.log import RunLog, log, setup_logging
@@ -22,6 +22,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_training_options(parser, batch_size=512, epochs=90, blr=0.1, min_lr=0.0, warmup_epochs=10, weight_decay=0)
     cli.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     cli.add_classifier_options(parser, global_pool=False)
+    cli.add_crop_options(parser, crop_min=0.08)
     cli.add_data_options(parser, "folder with train/<class>/ and val/<class>/")
     cli.add_run_options(parser, save_every=1)
     return parser
@@ -40,7 +41,8 @@ def main(args: argparse.Namespace) -> None:
     val_set = datasets.Images(val_files, eval_transform(args.input_size), args.seed, args.skip_bad_images)
     val_loader = datasets.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
     if not args.eval:
-        train_set = datasets.Images(train_files, linprobe_transform(args.input_size), args.seed, args.skip_bad_images)
+        transform = linprobe_transform(args.input_size, args.crop_min, args.hflip)
+        train_set = datasets.Images(train_files, transform, args.seed, args.skip_bad_images)
         sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
         loader = datasets.train_loader(train_set, sampler, num_workers, args.pin_mem)
         log.info(f"{len(train_set)} training and {len(val_set)} validation images, {len(loader)} batches an epoch")
@@ -59,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     dtype = autocast_dtype(args.amp, env.device)
+    speed.set_backends(dtype)
     if args.eval:
         checkpoint.resume_for_eval(args.resume, model)
         evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
@@ -68,6 +71,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(env.device)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"{args.model}: {n_parameters:,} trainable parameters")
+    speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)
 
     # optimizer

@@ -8,7 +8,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import checkpoint, cli, datasets, rng
+from util import checkpoint, cli, datasets, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -28,6 +28,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     mae = parser.add_argument_group("masked autoencoding")
     mae.add_argument("--mask_ratio", default=0.75, type=cli.mask_ratio, help="share of patches removed")
     mae.add_argument("--norm_pix_loss", action="store_true", help="predict pixels normalised per patch")
+    cli.add_crop_options(parser, crop_min=0.2)
     cli.add_data_options(parser, "folder of images: its train/ if it has one, else all images below it, at any depth")
     cli.add_run_options(parser, save_every=20)
     return parser
@@ -45,7 +46,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
     train_folder = Path(args.data_path) / "train"
     files = datasets.list_images(train_folder if train_folder.is_dir() else args.data_path)
-    dataset = datasets.Images(files, pretrain_transform(args.input_size), args.seed, args.skip_bad_images)
+    transform = pretrain_transform(args.input_size, args.crop_min, args.hflip)
+    dataset = datasets.Images(files, transform, args.seed, args.skip_bad_images)
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = datasets.available_workers(args.num_workers, env)
     loader = datasets.train_loader(dataset, sampler, num_workers, args.pin_mem)
@@ -57,14 +59,17 @@ def main(args: argparse.Namespace) -> None:
     models_mae.check_mask_ratio(model.patch_embed.num_patches, args.mask_ratio)
     model.to(env.device)
     log.info(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)
 
     # optimizer: no decay on biases and norms; betas from the paper's table 8
     effective_batch = args.batch_size * args.accum_iter * env.world_size
     lr = scaled_lr(args.lr, args.blr, effective_batch)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=lr, betas=(0.9, 0.95))
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     dtype = autocast_dtype(args.amp, env.device)
+    speed.set_backends(dtype)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
     log.info(
         f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from models_vit import check_divisible
 from util.errors import UserError
@@ -74,6 +75,7 @@ class MaskedAutoencoderViT(nn.Module):
         check_divisible(img_size, patch_size)
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
+        self.grad_checkpointing = False
 
         # encoder
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
@@ -115,6 +117,10 @@ class MaskedAutoencoderViT(nn.Module):
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> [N, L, P*P*C]; inside a patch: row, column, channel."""
+        if tuple(imgs.shape[2:]) != tuple(self.patch_embed.img_size):
+            raise UserError(
+                f"images of {tuple(imgs.shape[2:])} pixels, but the model has img_size {self.patch_embed.img_size}"
+            )
         (p, _), (h, w) = self.patch_embed.patch_size, self.patch_embed.grid_size
         patches = imgs.reshape(imgs.shape[0], self.in_chans, h, p, w, p)
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -126,101 +132,91 @@ class MaskedAutoencoderViT(nn.Module):
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], self.in_chans, h * p, w * p)
 
     def random_masking(
-        self, tokens: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, L, D] -> (kept [N, K, D], mask [N, L], ids_restore [N, L]).
-
-        The K patches of least `noise` [N, L] are kept, in order of noise; None draws it uniformly in [0, 1).
-        `ids_restore` puts (kept, removed) back into image order (paper, section 3, "Simple implementation").
-        """
-        n, length, _ = tokens.shape
-        ids_kept, ids_removed = self._draw_mask(n, length, mask_ratio, noise, tokens.device)
-        ids_restore = torch.cat([ids_kept, ids_removed], dim=1).argsort(dim=1)
-        mask = (ids_restore >= ids_kept.shape[1]).float()
-        return _take(tokens, ids_kept), mask, ids_restore
-
-    @staticmethod
-    def _draw_mask(
-        n: int, length: int, mask_ratio: float, noise: torch.Tensor | None, device: torch.device
+        self, n: int, mask_ratio: float, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> (indices of kept patches [N, K], of removed patches [N, L - K]), both in order of noise [N, L]."""
+        """N -> (indices of kept patches [N, K], of removed patches [N, L - K]), both in order of noise.
+
+        The K patches of least `noise` [N, L] are kept; None draws it uniformly in [0, 1) (paper, section 3, "Masking").
+        """
+        length = self.patch_embed.num_patches
         k = kept_patches(length, mask_ratio)
         if noise is None:
-            noise = torch.rand(n, length, device=device)
+            noise = torch.rand(n, length, device=self.pos_embed.device)
         ids_shuffle = noise.argsort(dim=1)
         return ids_shuffle[:, :k], ids_shuffle[:, k:]
 
     def forward_encoder(
         self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, C, H, W] -> (latent [N, 1 + K, D], mask [N, L], ids_restore [N, L]). mask_ratio 0 keeps all patches."""
-        tokens = self.patch_embed(imgs) + self.pos_embed[:, 1:]
-        kept, mask, ids_restore = self.random_masking(tokens, mask_ratio, noise)
-        return self._encode_tokens(kept), mask, ids_restore
+        """[N, C, H, W] -> (latent [N, 1 + K, D], mask [N, L], ids_restore [N, L]). mask_ratio 0 keeps all patches.
+
+        `ids_restore` puts (kept, removed) back into image order.
+        """
+        ids_kept, ids_removed = self.random_masking(len(imgs), mask_ratio, noise)
+        ids_restore = torch.cat([ids_kept, ids_removed], dim=1).argsort(dim=1)
+        mask = (ids_restore >= ids_kept.shape[1]).float()
+        # only kept patches are embedded: the convolution as a matrix product, over pixels in the order of `patchify`
+        kept = _take(self.patchify(imgs), ids_kept)
+        projection = self.patch_embed.proj
+        tokens = F.linear(kept, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
+        return self._encode_tokens(tokens + _take(self.pos_embed[:, 1:], ids_kept)), mask, ids_restore
 
     def _encode_tokens(self, patches: torch.Tensor) -> torch.Tensor:
         """[N, K, D] -> [N, 1 + K, D]: prepend the class token, then blocks and norm."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
         tokens = torch.cat([cls_token, patches], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
+        return self.norm(self._run(self.blocks, tokens))
+
+    def _run(self, blocks: nn.ModuleList, tokens: torch.Tensor) -> torch.Tensor:
+        """[N, T, D] -> [N, T, D] through all blocks; with `grad_checkpointing` backward computes each block again."""
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+        return tokens
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for backward: less memory for about a third more arithmetic. As in timm."""
+        self.grad_checkpointing = enable
 
     def encode(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[N, C, H, W] -> (class token [N, D], patch map [N, D, H/P, W/P]): features of whole images, no mask."""
         latent = self._encode_tokens(self.patch_embed(imgs) + self.pos_embed[:, 1:])
         return latent[:, 0], latent[:, 1:].transpose(1, 2).unflatten(2, self.patch_embed.grid_size)
 
-    def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """(latent [N, 1 + K, D], ids_restore [N, L]) -> pred [N, L, P*P*C]."""
+    def forward_decoder(
+        self, latent: torch.Tensor, ids_restore: torch.Tensor, only: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(latent [N, 1 + K, D], ids_restore [N, L]) -> pred [N, L, P*P*C], or of patches `only` [N, M]."""
         tokens = self.decoder_embed(latent)
         n, length = ids_restore.shape
         cls_token, kept = tokens[:, :1], tokens[:, 1:]
         removed = self.mask_token.to(kept.dtype).expand(n, length - kept.shape[1], -1)
-        shuffled = torch.cat([kept, removed], dim=1)
-        patches = shuffled.gather(1, ids_restore[:, :, None].expand(-1, -1, shuffled.shape[2]))
+        patches = _take(torch.cat([kept, removed], dim=1), ids_restore)
         tokens = torch.cat([cls_token, patches], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            tokens = block(tokens)
-        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+        patches = self._run(self.decoder_blocks, tokens)[:, 1:]
+        if only is not None:
+            patches = _take(patches, only)
+        return self.decoder_pred(self.decoder_norm(patches))
 
-    def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward_loss(
+        self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor, only: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(imgs [N, C, H, W], pred [N, L, P*P*C], mask [N, L]) -> scalar, float32: mean squared error per patch,
         averaged over removed patches only (paper, section 3, "Reconstruction target").
-        """
-        error_per_patch = (pred.float() - self._target(self.patchify(imgs))).square().mean(dim=-1)
-        return (error_per_patch * mask).sum() / mask.sum()
 
-    def _target(self, patches: torch.Tensor) -> torch.Tensor:
-        """[N, *, P*P*C] -> the same, float32: what the decoder is to predict of these patches."""
-        target = patches.float()
+        With `only` [N, M], indices of patches, `pred` [N, M, P*P*C] and the mask are of these.
+        """
+        target = self.patchify(imgs)
+        if only is not None:
+            target, mask = _take(target, only), mask.gather(1, only)
+        target = target.float()
         if self.norm_pix_loss:
             mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
             target = (target - mean) / (var + 1e-6).sqrt()
-        return target
-
-    def _loss_alone(self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None) -> torch.Tensor:
-        """[N, C, H, W] -> scalar: the loss of `forward`, without what only its `pred` needs.
-
-        Only kept patches are embedded, only removed ones predicted. The decoder takes them as they come, kept first:
-        attention does not depend on the order of tokens, and each token brings its position.
-        """
-        patches = self.patchify(imgs)
-        n, length, _ = patches.shape
-        ids_kept, ids_removed = self._draw_mask(n, length, mask_ratio, noise, imgs.device)
-
-        # the patch projection as a matrix product over the pixels of a patch, in the order of `patchify`
-        projection = self.patch_embed.proj
-        kept = F.linear(_take(patches, ids_kept), projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
-        latent = self.decoder_embed(self._encode_tokens(kept + _take(self.pos_embed[:, 1:], ids_kept)))
-
-        positions = self.decoder_pos_embed[:, 1:]
-        seen = latent + torch.cat([self.decoder_pos_embed[:, :1].expand(n, -1, -1), _take(positions, ids_kept)], dim=1)
-        tokens = torch.cat([seen, self.mask_token + _take(positions, ids_removed)], dim=1)
-        for block in self.decoder_blocks:
-            tokens = block(tokens)
-        pred = self.decoder_pred(self.decoder_norm(tokens[:, seen.shape[1] :]))
-        return (pred.float() - self._target(_take(patches, ids_removed))).square().mean()
+        error_per_patch = (pred.float() - target).square().mean(dim=-1)
+        return (error_per_patch * mask).sum() / mask.sum()
 
     def forward(
         self,
@@ -229,15 +225,17 @@ class MaskedAutoencoderViT(nn.Module):
         noise: torch.Tensor | None = None,
         loss_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
-        """[N, C, H, W] -> (loss scalar, pred [N, L, P*P*C], mask [N, L]); with `loss_only` the loss, for less work.
+        """[N, C, H, W] -> (loss scalar, pred [N, L, P*P*C], mask [N, L]). `noise` [N, L] in [0, 1) decides the mask.
 
-        `noise` [N, L] in [0, 1) decides the mask. Raises UserError where the ratio removes no patch (the loss would be
-        0/0) or keeps none.
+        With `loss_only` just the loss, from removed patches alone. Raises UserError where the ratio removes no patch
+        (the loss would be 0/0) or keeps none.
         """
         check_mask_ratio(self.patch_embed.num_patches, mask_ratio)
-        if loss_only:
-            return self._loss_alone(imgs, mask_ratio, noise)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        if loss_only:
+            removed = ids_restore.argsort(dim=1)[:, latent.shape[1] - 1 :]
+            pred = self.forward_decoder(latent, ids_restore, removed)
+            return self.forward_loss(imgs, pred, mask, removed)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 

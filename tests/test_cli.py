@@ -71,8 +71,17 @@ DEFAULTS = {
     "dist_url": ("env://",) * 3,
     "dist_on_itp": (False, False, False),
 }  # fmt: skip
-# the epochs between checkpoints were fixed in the original
-SAVE_EVERY = {"pretrain": 20, "finetune": 1, "linprobe": 1}
+# what ours adds
+NEW = {
+    "amp": ("auto",) * 3,
+    "compile": ("auto",) * 3,
+    "grad_checkpointing": (False, False, False),
+    "crop_min": (0.2, ABSENT, 0.08),  # as in the recipes
+    "hflip": (0.5, ABSENT, 0.5),
+    "skip_bad_images": (False, False, False),
+    "save_every": (20, 1, 1),  # epochs between checkpoints, which were fixed in the original
+}  # fmt: skip
+DEFAULTS |= NEW
 SUBMISSION = {
     "ngpus": 8, "nodes": 2, "timeout": 4320, "job_dir": "", "partition": "", "use_volta32": False, "comment": "",
 }  # fmt: skip
@@ -94,11 +103,6 @@ def test_option_has_the_known_default(name, option):
     assert vars(parse(name))[option] == expected
     assert isinstance(vars(parse(name))[option], bool) == isinstance(expected, bool)
     assert f"--{option}" in MAINS[name].get_args_parser()._option_string_actions
-
-
-@pytest.mark.parametrize("name", MAINS)
-def test_period_of_checkpoints_is_an_option(name):
-    assert parse(name).save_every == SAVE_EVERY[name]
 
 
 @pytest.mark.parametrize("name", MAINS)
@@ -204,6 +208,8 @@ BAD = [
     ("finetune", "cutmix", "nan"), ("finetune", "mixup_prob", "1.1"), ("finetune", "mixup_mode", "all"),
     ("finetune", "nb_classes", "0"), ("linprobe", "nb_classes", "ten"), ("pretrain", "num_workers", "-1"),
     ("pretrain", "seed", "-1"), ("pretrain", "start_epoch", "-1"), ("pretrain", "amp", "int8"),
+    ("pretrain", "crop_min", "0"), ("linprobe", "crop_min", "1.1"), ("pretrain", "hflip", "-0.5"),
+    ("linprobe", "compile", "maybe"),
 ]  # fmt: skip
 
 

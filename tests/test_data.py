@@ -11,6 +11,7 @@ from helpers import project_log, write_image, write_image_folder
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from util import rng
 from util.crop import RandomResizedCrop
 from util.datasets import (
     Images,
@@ -327,8 +328,8 @@ def test_unsharded_evaluation_gives_every_rank_all_images_in_order():
 # workers
 
 TRAINING = {
-    "pretrain": pretrain_transform,
-    "linprobe": linprobe_transform,
+    "pretrain": lambda size: pretrain_transform(size, crop_min=0.2, hflip=0.5),
+    "linprobe": lambda size: linprobe_transform(size, crop_min=0.08, hflip=0.5),
     "finetune": lambda size: finetune_transform(size, None, "rand-m9-mstd0.5-inc1", 0.25, "pixel", 1),
     "colour jitter": lambda size: finetune_transform(size, 0.4, None, 0.25, "rand", 2),
 }
@@ -356,7 +357,7 @@ def test_batches_are_the_same_for_any_number_of_workers(name, tmp_path):
 
 def test_augmentation_depends_on_seed_epoch_and_image(six):
     def item(seed, epoch, index):
-        return Images([six[0]] * 2, pretrain_transform(32), seed)[epoch, index][0]
+        return Images([six[0]] * 2, TRAINING["pretrain"](32), seed)[epoch, index][0]
 
     first = item(0, 0, 0)
     assert torch.equal(first, item(0, 0, 0))
@@ -398,7 +399,7 @@ def boxes(transform, n=300):
 
 
 def test_pretraining_crops_20_to_100_percent_of_the_area():
-    left, width, top, height = boxes(pretrain_transform(64)).T
+    left, width, top, height = boxes(TRAINING["pretrain"](64)).T
     share, ratio = width * height / 256**2, width / height
     assert 0.2 * 0.97 < share.min() < 0.25 and 0.9 < share.max() < 1.02
     assert 0.5 < share.mean() < 0.6  # draws of a large area that do not fit are drawn again
@@ -429,6 +430,32 @@ def test_probe_crop_of_a_narrow_image_is_clipped_with_a_uniform_corner():
     assert clipped.sum() > 400 and width[clipped].max() > 80 and width.max() <= math.ceil((400 * 20 * 4 / 3) ** 0.5)
     corner = left[clipped] / (400 - width[clipped])
     assert abs(corner.mean() - 0.5) < 0.05 and corner.min() < 0.05 and corner.max() > 0.95
+
+
+def test_probe_uses_its_own_crop():
+    torch.manual_seed(0)
+    narrow = position_image().resize((400, 20))
+    transform = linprobe_transform(32, crop_min=0.08, hflip=0.0)
+    centres = torch.stack([transform(narrow)[0].mean() * STD[0] + MEAN[0] for _ in range(100)])
+    assert centres.std() > 0.1  # torchvision's would take the centre each time
+
+
+@pytest.mark.parametrize("make", [pretrain_transform, linprobe_transform])
+def test_least_area_and_flip_can_be_chosen(make):
+    left, width, top, height = boxes(make(64, crop_min=0.5, hflip=0.0), n=100).T
+    assert 0.5 * 0.93 < (width * height).min() / 256**2 < 0.6
+    transform, image = make(32, crop_min=0.5, hflip=0.0), position_image()
+    assert all((red := transform(image)[0])[:, 0].mean() < red[:, -1].mean() for _ in range(50))
+    transform = make(32, crop_min=0.5, hflip=1.0)
+    assert all((red := transform(image)[0])[:, 0].mean() > red[:, -1].mean() for _ in range(50))
+
+
+def test_strongest_auto_augment_takes_every_image():
+    # at magnitude 10 posterize keeps 0 bits, which new releases of Pillow refuse
+    rng.seed_sample(0, 0, 0)
+    transform = finetune_transform(32, None, "rand-m10-n4-inc1", 0, "pixel", 1)
+    images = torch.stack([transform(PHOTO) for _ in range(60)])
+    assert images.isfinite().all() and images.std(dim=0).min() > 0
 
 
 def test_random_erasing_fills_boxes_of_some_images():

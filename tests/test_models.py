@@ -1,6 +1,7 @@
 """The two networks: recorded numbers of the original, other implementations, and properties that must always hold."""
 
 import math
+from collections import Counter
 from fractions import Fraction
 from functools import partial
 
@@ -160,6 +161,28 @@ def test_loss_alone_is_float32_under_autocast():
     assert alone.dtype == loss.dtype == torch.float32
     # bfloat16 keeps 8 bits
     assert_close(torch.stack([alone, loss]), expected.expand(2), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("build", [mae, vit])
+def test_gradient_checkpointing_changes_memory_not_numbers(build):
+    torch.manual_seed(0)
+    model = build()
+    imgs = torch.randn(2, 3, 32, 32)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        (model(imgs)[0] if build is mae else model(imgs).square().mean()).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    plain = gradients()
+    calls = Counter()
+    for name, block in model.named_modules():
+        if name.split(".")[-1].isdecimal() and "blocks" in name:
+            block.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    model.set_grad_checkpointing()
+    close_gradient(gradients(), plain)
+    assert len(calls) == 3 and set(calls.values()) == {2}  # each block ran again in backward
 
 
 def trained(model: nn.Module):
@@ -532,7 +555,9 @@ def test_loss_is_the_mean_over_removed_patches_of_the_naive_error(norm_pix):
     torch.manual_seed(0)
     model = mae(norm_pix_loss=norm_pix)
     imgs, pred = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randn(2, 16, 192, dtype=torch.float64)
-    imgs[0, :, :8, :8] = 0.5  # a flat patch: its deviation is zero
+    # two patches whose deviation is zero, or so small that the 1e-6 beside the variance counts
+    imgs[0, :, :8, :8] = 0.5
+    imgs[0, :, :8, 24:] *= 1e-3
     mask = torch.zeros(2, 16)
     mask[0, [0, 3, 7]] = mask[1, [1, 2, 15]] = 1
     errors = []
@@ -596,3 +621,11 @@ def test_classifier_takes_rectangles(global_pool):
     assert model.pos_embed.shape == (1, 1 + 12, 24)
     assert model.forward_features(imgs).shape == (2, 24)
     assert model(imgs).shape == (2, 7)
+
+
+@pytest.mark.parametrize("build", [mae, vit])
+@pytest.mark.parametrize("shape", [(48, 16), (16, 56), (24, 32)])
+def test_images_of_another_shape_are_refused(build, shape):
+    """The first and the last have as many pixels as the model expects: they must not be cut up in the wrong places."""
+    with pytest.raises((UserError, AssertionError, ValueError, RuntimeError)):
+        build(img_size=(16, 48))(torch.randn(2, 3, *shape))

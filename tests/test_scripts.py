@@ -141,7 +141,6 @@ def test_step_lines_have_the_known_format(pretrained):
     assert found == [(epoch, i, 6) for epoch in range(3) for i in (0, 5)]
 
 
-@pytest.mark.slow
 def test_steps_are_logged_every_20_with_medians_and_means(images, tmp_path):
     said = train("pretrain", tmp_path, *PRETRAIN, "--data_path", images, "--epochs", 1, "--batch_size", 1)
     matches = list(STEP_LINE.finditer(said))
@@ -191,6 +190,16 @@ def test_number_of_workers_does_not_change_the_weights(name, request, tmp_path, 
     whole, args = run_like(name, request)
     train(name, tmp_path, *args, "--num_workers", 2)
     assert_same_end(tmp_path / whole.last.name, whole.last)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_gradient_checkpointing_does_not_change_the_weights(name, request, tmp_path):
+    # stochastic depth, too, is drawn the same way when a block is computed again
+    whole, args = run_like(name, request)
+    train(name, tmp_path, *args, "--grad_checkpointing")
+    ours, theirs = load(tmp_path / whole.last.name)["model"], load(whole.last)["model"]
+    for key in theirs:
+        assert torch.allclose(ours[key], theirs[key], rtol=0, atol=1e-7), key
 
 
 def test_seed_changes_the_weights(images, pretrained, tmp_path):

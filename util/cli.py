@@ -87,6 +87,13 @@ def share(text: str) -> float:
     return value
 
 
+def positive_share(text: str) -> float:
+    """Option type: a number above 0 and up to 1."""
+    if (value := share(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def share_below_1(text: str) -> float:
     """Option type: a number from 0 to below 1."""
     if (value := share(text)) == 1:
@@ -142,6 +149,10 @@ def add_training_options(
     add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
         help="precision of matrix products; auto: bf16 where the device computes in it, else fp16 with loss scaling on "
         "CUDA, else off (float32)")  # fmt: skip
+    add("--compile", default="auto", choices=["auto", "on", "off"],
+        help="compile the transformer blocks in the first step (a minute or so); auto: on CUDA")  # fmt: skip
+    add("--grad_checkpointing", action="store_true",
+        help="compute each block again in backward: less memory, about a third more arithmetic")  # fmt: skip
     add("--seed", default=0, type=count, help="decides weights, order, augmentation and masks")
 
 
@@ -167,6 +178,20 @@ def add_data_options(parser: argparse.ArgumentParser, data_path_help: str) -> No
         help="loader workers per process; capped at the process's share of the cores")  # fmt: skip
     add("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to a GPU")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory (default: off)")
+
+
+def add_crop_options(parser: argparse.ArgumentParser, *, crop_min: float) -> None:
+    """What a recipe with no more augmentation than crop and flip lets its users change."""
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--crop_min", default=crop_min, type=positive_share, metavar="SHARE",
+        help="least share of the image's area that the random crop takes; the most is 1")  # fmt: skip
+    add(
+        "--hflip",
+        default=0.5,
+        type=share,
+        metavar="SHARE",
+        help="share of images that are mirrored; 0 for text, digits",
+    )
 
 
 def add_classifier_options(parser: argparse.ArgumentParser, *, global_pool: bool) -> None:

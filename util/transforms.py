@@ -1,11 +1,23 @@
 """From an RGB image to a normalised tensor, for each recipe. Sizes are one number or (height, width), in pixels."""
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.transforms import ResizeKeepRatio
 from torchvision import transforms
 
 from util.crop import RandomResizedCrop
 from util.errors import UserError
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """timm's posterize, for the 0 bits that RandAugment draws now and then: black, which Pillow 13 refuses to give."""
+    if bits_to_keep >= 8:
+        return image
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = _posterize
 
 BICUBIC = transforms.InterpolationMode.BICUBIC
 Size = int | tuple[int, int]
@@ -15,16 +27,16 @@ def _tensor() -> list:
     return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
 
 
-def pretrain_transform(size: Size) -> transforms.Compose:
-    """Image -> [3, H, W]: random resized crop of 20 to 100 % of the area, flip (paper, appendix A.1)."""
-    crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *_tensor()])
+def pretrain_transform(size: Size, crop_min: float, hflip: float) -> transforms.Compose:
+    """Image -> [3, H, W]: random resized crop of `crop_min` to 1 of the area, flip (paper, appendix A.1)."""
+    crop = transforms.RandomResizedCrop(size, scale=(crop_min, 1.0), interpolation=BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), *_tensor()])
 
 
-def linprobe_transform(size: Size) -> transforms.Compose:
+def linprobe_transform(size: Size, crop_min: float, hflip: float) -> transforms.Compose:
     """Image -> [3, H, W]: TensorFlow's random resized crop, flip; nothing stronger (paper, table 10)."""
-    crop = RandomResizedCrop(size, interpolation=BICUBIC)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *_tensor()])
+    crop = RandomResizedCrop(size, scale=(crop_min, 1.0), interpolation=BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), *_tensor()])
 
 
 def finetune_transform(

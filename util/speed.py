@@ -1,0 +1,32 @@
+"""What makes a step fast without changing its mathematics: matmul settings, compilation, gradient checkpointing."""
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from util.log import log
+
+
+def set_backends(dtype: torch.dtype | None) -> None:
+    """Let the float32 products that autocast leaves use TF32 where a lower precision was chosen anyway.
+
+    cuDNN's timing of algorithms stays off: it would choose differently from run to run, and resuming be inexact.
+    """
+    torch.set_float32_matmul_precision("highest" if dtype is None else "high")
+
+
+def prepare(model: nn.Module, compile_: str, grad_checkpointing: bool, device: torch.device) -> None:
+    """Apply --compile (auto, on, off) and --grad_checkpointing to `model`, in place; names of parameters stay.
+
+    Each transformer block is compiled by itself: all blocks of one width share their code, so the first step costs one
+    compilation, not one a block. auto compiles on CUDA, and falls back to eager code where the compiler fails.
+    """
+    if grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if compile_ == "off" or (compile_ == "auto" and device.type != "cuda"):
+        return
+    torch._dynamo.config.suppress_errors = compile_ == "auto"
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.compile()
+    log.info(f"{len(blocks)} blocks will be compiled in the first step")
