@@ -20,8 +20,8 @@ from util.pos_embed import get_2d_sincos_pos_embed
 
 
 def kept_patches(num_patches: int, mask_ratio: float) -> int:
-    """(L, ratio) -> K = floor(L * (1 - ratio)), exact: 100 patches at ratio 0.9 keep 10, although 100 * (1 - 0.9) < 10
-    in floating point. Raises UserError where no patch would be kept, or the ratio is not in [0, 1).
+    """(L, ratio) -> K = floor(L * (1 - ratio)), with a slack of 1e-6 patches for rounding: 100 at ratio 0.9 keep 10,
+    although 100 * (1 - 0.9) < 10 in floating point. Raises UserError where no patch would be kept, or the ratio is not in [0, 1).
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"mask_ratio {mask_ratio} is not a share of patches to remove: choose 0 < mask_ratio < 1")
@@ -227,17 +227,20 @@ class MaskedAutoencoderViT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
         """[N, C, H, W] -> (loss scalar, pred [N, L, P*P*C], mask [N, L]). `noise` [N, L] in [0, 1) decides the mask.
 
-        With `loss_only` just the loss, from removed patches alone. Raises UserError where the ratio removes no patch
+        With `loss_only` just the loss, computed for removed patches alone (for all of them in a subclass that overrides
+        forward_decoder or forward_loss). Raises UserError where the ratio removes no patch
         (the loss would be 0/0) or keeps none.
         """
         check_mask_ratio(self.patch_embed.num_patches, mask_ratio)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        if loss_only:
+        own = type(self).forward_decoder, type(self).forward_loss
+        if loss_only and own == (MaskedAutoencoderViT.forward_decoder, MaskedAutoencoderViT.forward_loss):
             removed = ids_restore.argsort(dim=1)[:, latent.shape[1] - 1 :]
             pred = self.forward_decoder(latent, ids_restore, removed)
             return self.forward_loss(imgs, pred, mask, removed)
         pred = self.forward_decoder(latent, ids_restore)
-        return self.forward_loss(imgs, pred, mask), pred, mask
+        loss = self.forward_loss(imgs, pred, mask)
+        return loss if loss_only else (loss, pred, mask)
 
 
 _mae = partial(MaskedAutoencoderViT, norm_layer=partial(nn.LayerNorm, eps=1e-6))

@@ -25,7 +25,7 @@ from util.visualize import reconstruct, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, SIDE = "tiny_patch4", 32
-EPOCHS = 120  # of 11 steps of 128 images
+EPOCHS = 100  # of 11 steps of 128 images
 
 
 def main() -> None:
@@ -82,7 +82,8 @@ def probe(weights: Path, data: Path, out: Path) -> float:
     (out / "log.txt").unlink(missing_ok=True)
     script(
         "main_linprobe.py", f"--data_path {data} --model vit_{MODEL} --input_size {SIDE} --nb_classes 10 --amp off",
-        f"--finetune {weights} --global_pool --batch_size 128 --epochs 20 --warmup_epochs 2 --blr 60 --crop_min 0.7 --hflip 0",
+        f"--finetune {weights} --global_pool --batch_size 128 --epochs 20 --warmup_epochs 2 --blr 60",
+        "--crop_min 0.7 --hflip 0",
         f"--output_dir {out} --log_dir {out} --save_every 20",
     )  # fmt: skip
     return json.loads((out / "log.txt").read_text().splitlines()[-1])["test_acc1"]

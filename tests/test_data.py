@@ -9,6 +9,7 @@ import skimage.data
 import torch
 from helpers import project_log, write_image, write_image_folder
 from PIL import Image
+from timm.data import auto_augment
 from torch.utils.data import DataLoader
 
 from util import rng
@@ -520,3 +521,12 @@ def test_evaluation_of_an_upright_photograph_resizes_its_width():
 def test_evaluation_draws_nothing(six):
     dataset = Images(six, eval_transform(32))
     assert torch.equal(dataset[2][0], dataset[2][0])
+
+
+@pytest.mark.parametrize("bits", [0, 1, 4, 8])
+def test_posterize_takes_the_bits_that_randaugment_draws(bits):
+    """Pillow 13 refuses 0 bits, which timm's increasing policy draws; older ones gave black."""
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    levels = np.asarray(auto_augment.NAME_TO_OP["PosterizeIncreasing"](grey, bits))
+    expected = np.asarray(grey) & (0xFF << (8 - bits) & 0xFF)
+    assert (levels == expected).all()

@@ -629,3 +629,18 @@ def test_images_of_another_shape_are_refused(build, shape):
     """The first and the last have as many pixels as the model expects: they must not be cut up in the wrong places."""
     with pytest.raises((UserError, AssertionError, ValueError, RuntimeError)):
         build(img_size=(16, 48))(torch.randn(2, 3, *shape))
+
+
+def test_a_subclass_with_its_own_loss_trains_on_its_own_loss():
+    """`loss_only` must not pass by what a researcher overrides, nor call it with more than the documented arguments."""
+
+    class AbsoluteError(MaskedAutoencoderViT):
+        def forward_loss(self, imgs, pred, mask):
+            return ((self.patchify(imgs) - pred).abs().mean(dim=-1) * mask).sum() / mask.sum()
+
+    torch.manual_seed(0)
+    model = AbsoluteError(16, 4, 3, 24, 2, 3, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=4)
+    imgs, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    loss, pred, mask = model(imgs, 0.75, noise)
+    torch.testing.assert_close(loss, model.forward_loss(imgs, pred, mask))
+    torch.testing.assert_close(model(imgs, 0.75, noise, loss_only=True), loss)

@@ -49,14 +49,15 @@ def interpolate_pos_embed(
     target_grid = tuple(model.patch_embed.grid_size)
     n_prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
     n_old = old.shape[1] - n_prefix
+    expected = "the grid it was trained with, by its own arguments"
     if source_grid is None:
         side = int(n_old**0.5)
         source_grid = (side, side) if side * side == n_old else target_grid
+        expected = "a square or the model's grid"
     if source_grid[0] * source_grid[1] != n_old:
         raise UserError(
-            f"the checkpoint has positions for {n_old} patches, which are neither a square nor the model's grid "
-            f"{target_grid[0]} x {target_grid[1]}: build the model with the --input_size that the checkpoint was "
-            "trained with"
+            f"the checkpoint has positions for {n_old} patches, which do not make {expected} ({source_grid[0]} x "
+            f"{source_grid[1]}): build the model with the --input_size that the checkpoint was trained with"
         )
     if tuple(source_grid) == target_grid:
         return

@@ -28,7 +28,8 @@ def _cpu_computes_bf16() -> bool:
 class Step:
     """Forward and backward in the chosen precision; every `accum_iter`-th call updates the weights.
 
-    Nothing here waits for the device. `grad_norm` is the norm of the last update's gradient before clipping, on the
+    Nothing here waits for the device, but for fp16 with an optimizer that is not fused: torch's loss scaling then reads
+    one value an update. `grad_norm` is the norm of the last update's gradient before clipping, on the
     device, or None where `clip_grad` (a maximum norm) is None.
     """
 
