@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from util import rng
 from util.dist import Dist, share_buffers, sum_over_ranks
-from util.log import Progress, RunLog, log
+from util.log import Progress, RunLog, Throughput, log
 from util.lr_sched import Schedule, adjust_learning_rate
 from util.step import Step
 
@@ -27,6 +27,7 @@ def train_one_epoch(
     seed: int,
     env: Dist,
     run_log: RunLog,
+    throughput: Throughput | None = None,
 ) -> dict[str, float]:
     """Train on every batch of `loader`; returns the epoch's mean `loss` and `lr`, over all ranks.
 
@@ -35,7 +36,7 @@ def train_one_epoch(
     """
     model.train()
     n = len(loader)
-    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env)
+    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env, throughput=throughput)
     for i, (imgs, targets) in progress:
         if i % step.accum_iter == 0:
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
@@ -54,6 +55,8 @@ def train_one_epoch(
                 x = int(1000 * (epoch + j / n))  # the same scale for every batch size
                 run_log.scalar("loss", values["loss"], x)
                 run_log.scalar("lr", values["lr"], x)
+            for name, value in progress.rates.items():
+                run_log.scalar(name, value, x)
     return progress.averages()
 
 

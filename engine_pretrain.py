@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 
 from util import rng
 from util.dist import Dist
-from util.log import Progress, RunLog
+from util.log import Progress, RunLog, Throughput
 from util.lr_sched import Schedule, adjust_learning_rate
 from util.step import Step
 
@@ -21,6 +21,7 @@ def train_one_epoch(
     seed: int,
     env: Dist,
     run_log: RunLog,
+    throughput: Throughput | None = None,
 ) -> dict[str, float]:
     """Train on every batch of `loader`; returns the epoch's mean `loss` and `lr`, over all ranks.
 
@@ -28,7 +29,7 @@ def train_one_epoch(
     """
     model.train()
     n = len(loader)
-    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env)
+    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env, throughput=throughput)
     for i, (imgs, _) in progress:
         if i % step.accum_iter == 0:
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
@@ -44,4 +45,6 @@ def train_one_epoch(
                 x = int(1000 * (epoch + j / n))  # the same scale for every batch size
                 run_log.scalar("train_loss", values["loss"], x)
                 run_log.scalar("lr", values["lr"], x)
+            for name, value in progress.rates.items():
+                run_log.scalar(name, value, x)
     return progress.averages()

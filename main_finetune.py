@@ -10,7 +10,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, rng, speed
+from util import checkpoint, cli, datasets, flops, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -141,6 +141,8 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
+    images_per_step = args.batch_size * env.world_size
+    throughput = flops.throughput(flops.classifier_macs(model), images_per_step, env, args.peak_tflops)
     log.info(
         f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
     )
@@ -154,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
         sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
             ddp_model, criterion, loader, step, schedule, epoch,
-            mixup=mixup, seed=args.seed, env=env, run_log=run_log,
+            mixup=mixup, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
         )  # fmt: skip
         datasets.report_bad(train_set)
         writer.after_epoch(epoch, model, optimizer, step.scaler)

@@ -7,7 +7,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, rng, speed
+from util import checkpoint, cli, datasets, flops, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.lars import LARS
 from util.log import RunLog, log, setup_logging
@@ -81,6 +81,8 @@ def main(args: argparse.Namespace) -> None:
     optimizer = LARS(model.head.parameters(), lr=lr, weight_decay=args.weight_decay)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
     criterion = nn.CrossEntropyLoss()
+    macs, images_per_step = flops.classifier_macs(model), args.batch_size * env.world_size
+    throughput = flops.throughput(macs, images_per_step, env, args.peak_tflops, frozen=True)
     log.info(
         f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
     )
@@ -93,8 +95,9 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(start_epoch, args.epochs):
         sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
-            ddp_model, criterion, loader, step, schedule, epoch, seed=args.seed, env=env, run_log=run_log
-        )
+            ddp_model, criterion, loader, step, schedule, epoch,
+            seed=args.seed, env=env, run_log=run_log, throughput=throughput,
+        )  # fmt: skip
         datasets.report_bad(train_set)
         writer.after_epoch(epoch, model, optimizer, step.scaler)
         test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval)

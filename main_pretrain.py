@@ -8,7 +8,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import checkpoint, cli, datasets, rng, speed
+from util import checkpoint, cli, datasets, flops, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -71,6 +71,9 @@ def main(args: argparse.Namespace) -> None:
     dtype = autocast_dtype(args.amp, env.device)
     speed.set_backends(dtype)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
+    n_kept = models_mae.kept_patches(model.patch_embed.num_patches, args.mask_ratio)
+    macs = sum(flops.pretrain_macs(model, n_kept))
+    throughput = flops.throughput(macs, args.batch_size * env.world_size, env, args.peak_tflops)
     log.info(
         f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
     )
@@ -83,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         sampler.set_epoch(epoch)
         stats = train_one_epoch(
             ddp_model, loader, step, schedule, epoch,
-            mask_ratio=args.mask_ratio, seed=args.seed, env=env, run_log=run_log,
+            mask_ratio=args.mask_ratio, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
         )  # fmt: skip
         datasets.report_bad(dataset)
         writer.after_epoch(epoch, model, optimizer, step.scaler)

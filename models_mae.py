@@ -21,7 +21,9 @@ from util.pos_embed import get_2d_sincos_pos_embed
 
 def kept_patches(num_patches: int, mask_ratio: float) -> int:
     """(L, ratio) -> K = floor(L * (1 - ratio)), with a slack of 1e-6 patches for rounding: 100 at ratio 0.9 keep 10,
-    although 100 * (1 - 0.9) < 10 in floating point. Raises UserError where no patch would be kept, or the ratio is not in [0, 1).
+    although 100 * (1 - 0.9) < 10 in floating point.
+
+    Raises UserError where no patch would be kept, or the ratio is not in [0, 1).
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"mask_ratio {mask_ratio} is not a share of patches to remove: choose 0 < mask_ratio < 1")

@@ -153,6 +153,8 @@ def add_training_options(
         help="compile the transformer blocks in the first step (a minute or so); auto: on CUDA")  # fmt: skip
     add("--grad_checkpointing", action="store_true",
         help="compute each block again in backward: less memory, about a third more arithmetic")  # fmt: skip
+    add("--peak_tflops", default=None, type=above_zero,
+        help="peak of one device in TFLOP/s, for mfu (utilisation) in the log; none looks it up")  # fmt: skip
     add("--seed", default=0, type=count, help="decides weights, order, augmentation and masks")
 
 

@@ -6,10 +6,14 @@ Letters: D width, L tokens. One multiply-add is 2 operations; backward costs twi
 import torch
 from torch import nn
 
+from util.dist import Dist
+from util.log import Throughput
+
 # dense bf16/fp16 matrix rate in TFLOP/s by the vendors' datasheets; the first name that the device's name contains
 PEAK_TFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
@@ -27,17 +31,15 @@ def block_macs(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
     return projections + attention
 
 
-def pretrain_macs(model: nn.Module, mask_ratio: float) -> tuple[float, float, float]:
+def pretrain_macs(model: nn.Module, n_kept: int) -> tuple[float, float, float]:
     """MaskedAutoencoderViT -> forward multiply-adds per image of (patch embedding, encoder, decoder).
 
     Counts what the method needs, so that a share of the peak compares implementations: all patches embedded and
     predicted, 1 + K tokens encoded, 1 + L decoded.
     """
-    from models_mae import kept_patches
-
     n_patches, width = model.patch_embed.num_patches, model.pos_embed.shape[-1]
     decoder_width, pixels = model.decoder_pos_embed.shape[-1], model.decoder_pred.out_features
-    kept = 1 + kept_patches(n_patches, mask_ratio)
+    kept = 1 + n_kept
     encoder = len(model.blocks) * block_macs(kept, width)
     decoder = len(model.decoder_blocks) * block_macs(1 + n_patches, decoder_width)
     ends = kept * width * decoder_width + n_patches * decoder_width * pixels
@@ -51,14 +53,15 @@ def classifier_macs(model: nn.Module) -> float:
     return n_patches * pixels * width + len(model.blocks) * block_macs(1 + n_patches, width)
 
 
-def training_flops(forward_macs: float) -> float:
-    """Operations per image of forward and backward."""
-    return 6 * forward_macs
+def throughput(
+    forward_macs: float, images_per_step: int, env: Dist, peak_tflops: float | None, frozen: bool = False
+) -> Throughput:
+    """What a log needs to show images/s and utilisation. `peak_tflops` is of one device; None looks the card up.
 
-
-def peak_tflops(device: torch.device) -> float | None:
-    """The card's rate from the table above; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)
+    A `frozen` model has no backward pass.
+    """
+    if peak_tflops is None and env.device.type == "cuda":
+        name = torch.cuda.get_device_name(env.device)
+        peak_tflops = next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)
+    peak_flops = None if peak_tflops is None else peak_tflops * 1e12 * env.world_size
+    return Throughput(images_per_step, (2 if frozen else 6) * forward_macs, peak_flops)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -78,14 +79,41 @@ class RunLog:
             self.writer.close()
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """What turns the seconds of a step into rates: images per step and peak over all devices, operations per image."""
+
+    images_per_step: int
+    flops_per_image: float
+    peak_flops: float | None = None
+
+    def rates(self, step_seconds: float) -> dict[str, float]:
+        """`images_per_second` and, where the peak is known, `mfu`: the share of it that the model's arithmetic took."""
+        images_per_second = self.images_per_step / step_seconds
+        if self.peak_flops is None:
+            return {"images_per_second": images_per_second}
+        mfu = images_per_second * self.flops_per_image / self.peak_flops
+        return {"images_per_second": images_per_second, "mfu": mfu}
+
+
 class Progress:
     """Iterates over a loader, keeps each step's values on the device, and reads them once every `every` steps.
 
     Between two reads the device never waits for the host. On a terminal it draws a bar; elsewhere each read is a line.
     """
 
-    def __init__(self, loader: DataLoader, header: str, every: int, env: Dist, reduce: bool = True) -> None:
+    def __init__(
+        self,
+        loader: DataLoader,
+        header: str,
+        every: int,
+        env: Dist,
+        reduce: bool = True,
+        throughput: Throughput | None = None,
+    ) -> None:
         self.loader, self.header, self.every, self.env, self.reduce = loader, header, every, env, reduce
+        self.throughput = throughput
+        self.rates: dict[str, float] = {}  # of the steps of the last read
         self.total = len(loader)
         self.pending: list[tuple[int, dict[str, float], torch.Tensor]] = []
         self.windows: dict[str, deque[float]] = {}
@@ -168,5 +196,9 @@ class Progress:
         parts += [f"time: {step_seconds:.4f}", f"data: {data_seconds:.4f}"]
         if self.env.device.type == "cuda":
             parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
+        if self.throughput:
+            self.rates = self.throughput.rates(step_seconds)
+            names = {"images_per_second": "img/s: {:.1f}", "mfu": "mfu: {:.3f}"}
+            parts += [names[name].format(value) for name, value in self.rates.items()]
         log.debug("  ".join(parts))
-        self.bar.set_postfix_str("  ".join(parts[2:-1]), refresh=False)
+        self.bar.set_postfix_str("  ".join(parts[2:4]), refresh=False)
