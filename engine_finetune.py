@@ -56,7 +56,7 @@ def train_one_epoch(
                 run_log.scalar("loss", values["loss"], x)
                 run_log.scalar("lr", values["lr"], x)
             for name, value in progress.rates.items():
-                run_log.scalar(name, value, x)
+                run_log.scalar(name, value, int(1000 * (epoch + i / n)))
     return progress.averages()
 
 

@@ -152,6 +152,8 @@ def main(args: argparse.Namespace) -> None:
     writer = checkpoint.Writer(env, args.output_dir, args.save_every, args)
     run_log = RunLog(env, args.output_dir, args.log_dir)
     max_accuracy = 0.0
+    if start_epoch >= args.epochs:
+        log.warning(f"nothing left to train: epoch {start_epoch} of --epochs {args.epochs}")
     for epoch in range(start_epoch, args.epochs):
         sampler.set_epoch(epoch)
         train_stats = train_one_epoch(

@@ -42,16 +42,17 @@ def main(args: argparse.Namespace) -> None:
     log.info(args)
 
     # data
-    if args.data_path is None:
+    if not args.data_path:
         raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
-    train_folder = Path(args.data_path) / "train"
-    files = datasets.list_images(train_folder if train_folder.is_dir() else args.data_path)
+    folder = Path(args.data_path) / "train"
+    folder = folder if folder.is_dir() else Path(args.data_path)
+    files = datasets.list_images(folder)
     transform = pretrain_transform(args.input_size, args.crop_min, args.hflip)
     dataset = datasets.Images(files, transform, args.seed, args.skip_bad_images)
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = datasets.available_workers(args.num_workers, env)
     loader = datasets.train_loader(dataset, sampler, num_workers, args.pin_mem)
-    log.info(f"{len(dataset)} training images, {len(loader)} batches an epoch")
+    log.info(f"{len(dataset)} training images below {folder}, {len(loader)} batches an epoch")
 
     # model
     rng.seed_init(args.seed)
@@ -82,6 +83,8 @@ def main(args: argparse.Namespace) -> None:
     start_epoch = checkpoint.resume(args.resume, model, optimizer, step.scaler) if args.resume else args.start_epoch
     writer = checkpoint.Writer(env, args.output_dir, args.save_every, args)
     run_log = RunLog(env, args.output_dir, args.log_dir)
+    if start_epoch >= args.epochs:
+        log.warning(f"nothing left to train: epoch {start_epoch} of --epochs {args.epochs}")
     for epoch in range(start_epoch, args.epochs):
         sampler.set_epoch(epoch)
         stats = train_one_epoch(

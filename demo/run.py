@@ -8,6 +8,7 @@ encoder untrained; draws what it reconstructs of validation images that it has n
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,17 +38,17 @@ def main() -> None:
     args = parser.parse_args()
     out, data = args.output, args.output / "digits"
     write_digits(data)
-    n_files = sum(1 for _ in data.rglob("*.png"))
-    print(f"{n_files} photographs of handwritten digits in {data}\n")
+    n_val = sum(1 for _ in (data / "val").rglob("*.png"))
+    print(f"handwritten digits, {n_val} of them for validation, in {data}\n")
 
     untrained = write_untrained(out / "untrained.pth", args.seed)
     script(
-        "main_pretrain.py", f"--data_path {data} --model mae_vit_{MODEL} --input_size {SIDE} --amp off",
+        "main_pretrain.py", "--data_path", data, f"--model mae_vit_{MODEL} --input_size {SIDE} --amp off",
         f"--batch_size 128 --epochs {args.epochs} --warmup_epochs {args.epochs / 10} --blr 4e-3 --seed {args.seed}",
         "--crop_min 0.5 --hflip 0",  # a mirrored digit, or a corner of one, is another shape
-        f"--output_dir {out / 'pretrain'} --log_dir {out / 'pretrain'} --save_every {args.epochs}",
+        f"--save_every {args.epochs}", "--output_dir", out / "pretrain", "--log_dir", out / "pretrain",
     )  # fmt: skip
-    trained = checkpoint.newest(out / "pretrain")
+    trained = out / "pretrain" / f"checkpoint-{args.epochs - 1}.pth"
 
     rows = [
         ("linear probe", probe(untrained, data, out / "probe_untrained"), probe(trained, data, out / "probe_trained")),
@@ -55,16 +56,17 @@ def main() -> None:
     ]
     picture = draw(trained, data, out / "reconstructions.png")
 
-    print(f"\n{'accuracy on the 360 validation images':<40}{'untrained':>12}{'pretrained':>12}")
+    print(f"\n{f'accuracy on the {n_val} validation images':<40}{'untrained':>12}{'pretrained':>12}")
     for name, before, after in rows:
         print(f"{name:<40}{before:>11.1f}%{after:>11.1f}%")
     print(f"\nWhat it reconstructs from a quarter of each image: {picture}")
 
 
-def script(name: str, *options: str) -> None:
+def script(name: str, *options: str | Path) -> None:
     """Run one of the training scripts as a user would, showing its command and its output."""
-    words = [word for part in options for word in part.split()]
-    print("$ python", name, *(os.path.relpath(w) if w.startswith("/") else w for w in words), flush=True)
+    words = [word for part in options for word in ([part] if isinstance(part, Path) else part.split())]
+    shown = [os.path.relpath(word) if isinstance(word, Path) else word for word in words]
+    print("$ python", name, shlex.join(shown), flush=True)
     # threads that wait must sleep: spinning, they keep the loader's workers from running where cores are few
     subprocess.run([sys.executable, ROOT / name, *words], check=True, env={"OMP_WAIT_POLICY": "passive", **os.environ})
 
@@ -81,10 +83,9 @@ def probe(weights: Path, data: Path, out: Path) -> float:
     """Accuracy (%) of main_linprobe.py on frozen features of `weights`, after its last epoch."""
     (out / "log.txt").unlink(missing_ok=True)
     script(
-        "main_linprobe.py", f"--data_path {data} --model vit_{MODEL} --input_size {SIDE} --nb_classes 10 --amp off",
-        f"--finetune {weights} --global_pool --batch_size 128 --epochs 20 --warmup_epochs 2 --blr 60",
-        "--crop_min 0.7 --hflip 0",
-        f"--output_dir {out} --log_dir {out} --save_every 20",
+        "main_linprobe.py", "--data_path", data, "--finetune", weights, "--output_dir", out, "--log_dir", out,
+        f"--model vit_{MODEL} --input_size {SIDE} --nb_classes 10 --amp off --global_pool --save_every 20",
+        "--batch_size 128 --epochs 20 --warmup_epochs 2 --blr 60 --crop_min 0.7 --hflip 0",
     )  # fmt: skip
     return json.loads((out / "log.txt").read_text().splitlines()[-1])["test_acc1"]
 

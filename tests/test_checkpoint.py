@@ -19,6 +19,7 @@ from util import checkpoint
 from util.checkpoint import Writer, load_full_mae, load_pretrained, newest, resume, resume_for_eval, save
 from util.dist import Dist
 from util.errors import UserError
+from util.log import NonFiniteLossError
 
 WIDTH = 16
 ENV = Dist(torch.device("cpu"))
@@ -385,7 +386,8 @@ def test_resuming_restores_everything_and_returns_the_next_epoch(tmp_path):
     other_optimizer, other_scaler = torch.optim.AdamW(other.parameters(), lr=5.0), scaler(2.0)
     assert resume(path, other, other_optimizer, other_scaler) == 8
     assert_same(dict(other.state_dict()), dict(model.state_dict()))
-    assert_same(other_optimizer.state_dict(), optimizer.state_dict())
+    assert_same(other_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
+    assert other_optimizer.param_groups[0]["lr"] == 5.0, "options are those of the run that goes on"
     assert other_scaler.get_scale() == 32.0
 
 
@@ -420,3 +422,40 @@ def test_resuming_another_model_is_refused_naming_the_keys(tmp_path):
 def test_evaluation_needs_a_checkpoint():
     with pytest.raises(UserError, match="--resume"):
         resume_for_eval("", nn.Linear(3, 2))
+
+
+def test_optimizer_state_of_the_original_code_goes_on_in_a_fused_optimizer_under_loss_scaling(tmp_path):
+    """Its groups know no `fused`; taken over as they are, they leave an optimizer that loss scaling cannot use."""
+    model = nn.Linear(3, 2)
+    old = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01, foreach=False)
+    model(torch.ones(1, 3)).sum().backward()
+    old.step()
+    state = old.state_dict()
+    state["param_groups"] = [
+        {key: group[key] for key in ("params", "lr", "betas", "eps")} for group in state["param_groups"]
+    ]
+    path = saved(tmp_path / "old.pth", model, optimizer=state, epoch=3)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3, fused=True)
+    assert resume(path, model, optimizer) == 4
+    (group,) = optimizer.param_groups
+    assert group["fused"] and group["weight_decay"] == 0.3, "what the run asks for has its effect"
+    assert_same(optimizer.state[model.weight]["exp_avg"], old.state[model.weight]["exp_avg"])
+    loss_scaler = torch.amp.GradScaler("cpu")
+    loss_scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    loss_scaler.step(optimizer)
+    loss_scaler.update()
+    assert optimizer.state[model.weight]["step"] == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The last update of an epoch may break what no loss has seen."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    writer = Writer(ENV, str(tmp_path), 1, argparse.Namespace(epochs=2))
+    writer.after_epoch(0, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    with torch.no_grad():
+        model.bias[1] = torch.inf
+    with pytest.raises(NonFiniteLossError, match="epoch 1"):
+        writer.after_epoch(1, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0.pth"]

@@ -530,3 +530,11 @@ def test_posterize_takes_the_bits_that_randaugment_draws(bits):
     levels = np.asarray(auto_augment.NAME_TO_OP["PosterizeIncreasing"](grey, bits))
     expected = np.asarray(grey) & (0xFF << (8 - bits) & 0xFF)
     assert (levels == expected).all()
+
+
+def test_a_link_to_a_folder_above_does_not_multiply_the_images(tmp_path):
+    write_image(tmp_path / "photos" / "a" / "0.png", 0)
+    (tmp_path / "photos" / "a" / "up").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "elsewhere").symlink_to(tmp_path / "more")
+    write_image(tmp_path / "more" / "1.png", 1)
+    assert [os.path.basename(path) for path, _ in list_images(tmp_path / "photos")] == ["0.png", "1.png"]

@@ -22,6 +22,7 @@ from models_vit import vit_tiny_patch4
 from util import rng
 from util.datasets import Images, eval_loader
 from util.dist import Dist, _launched_by_mpirun, _launched_by_srun, init_distributed, mean_over_ranks, shutdown, wrap
+from util.errors import UserError
 from util.log import NonFiniteLossError, RunLog
 from util.lr_sched import Schedule
 from util.step import Step
@@ -318,11 +319,19 @@ def test_torchrun_goes_before_srun_and_a_group_of_one_works(launcher):
 
 
 def test_mpirun_tells_its_rank_with_a_meeting_point_alone(launcher):
+    """Without one, each process would be its own run, and all would write the same files."""
     variables = {"RANK": 3, "LOCAL_RANK": 1, "SIZE": 4, "LOCAL_SIZE": 2}
     launcher(**{f"OMPI_COMM_WORLD_{name}": value for name, value in variables.items()})
-    assert _launched_by_mpirun() is None
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        init_distributed("cpu")
+    assert _launched_by_mpirun("tcp://node7:4567") == (3, 1, 4, 2)
     launcher(MASTER_ADDR="node7", MASTER_PORT=4567)
-    assert _launched_by_mpirun() == (3, 1, 4, 2)
+    assert _launched_by_mpirun("env://") == (3, 1, 4, 2)
+
+
+def test_one_process_of_mpirun_needs_no_meeting_point(launcher):
+    launcher(OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=1)
+    assert _launched_by_mpirun("env://") is None
 
 
 if __name__ == "__main__":

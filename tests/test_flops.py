@@ -52,3 +52,12 @@ def test_rates_follow_from_seconds_and_peak():
     assert throughput.rates(0.5) == {"images_per_second": 512, "mfu": pytest.approx(512 * 6e9 / 40e12)}
     assert flops.throughput(1e9, 256, env, None) == Throughput(256, 6e9, None)
     assert "mfu" not in flops.throughput(1e9, 256, env, None).rates(0.5)
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A10", 125e12), ("NVIDIA RTX A1000", None), ("NVIDIA T400", None)],
+)
+def test_peak_goes_by_whole_words_of_the_card_s_name(card, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert flops.throughput(1e9, 1, Dist(torch.device("cuda")), None).peak_flops == peak

@@ -14,9 +14,9 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from util.dist import Dist
+from util.dist import Dist, sum_over_ranks
 from util.errors import UserError
-from util.log import log
+from util.log import NonFiniteLossError, log
 from util.pos_embed import interpolate_pos_embed
 
 RELEASES = "https://dl.fbaipublicfiles.com/mae/"
@@ -36,8 +36,11 @@ class Writer:
     def after_epoch(
         self, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> None:
-        """Save, if it is time."""
-        if self.folder is None or (epoch % self.every and epoch != self.last_epoch):
+        """Save, if it is time. Raises NonFiniteLossError on all ranks together where a weight is NaN or infinite."""
+        if epoch % self.every and epoch != self.last_epoch:
+            return
+        check_finite(model, epoch)
+        if self.folder is None:
             return
         state = {
             "model": model.state_dict(),
@@ -47,6 +50,16 @@ class Writer:
             "args": self.args,
         }
         save(self.folder / f"checkpoint-{epoch}.pth", state)
+
+
+def check_finite(model: nn.Module, epoch: int) -> None:
+    """Raise NonFiniteLossError unless all weights are finite: the last update may have broken what no loss has seen."""
+    finite = torch.stack([param.detach().isfinite().all() for param in model.parameters()]).all()
+    if sum_over_ranks((~finite).float()).item() > 0:
+        raise NonFiniteLossError(
+            f"weights became non-finite in the last steps of epoch {epoch}, which is not saved. Resume from the last "
+            "checkpoint with a lower --blr, a longer --warmup_epochs or --amp off"
+        )
 
 
 def save(path: Path, state: dict) -> None:
@@ -131,8 +144,8 @@ def resume(
     if optimizer is None or "optimizer" not in state or "epoch" not in state:
         return 0
     try:
-        optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:
+        _load_optimizer_state(optimizer, state["optimizer"])
+    except (ValueError, KeyError) as error:
         raise UserError(
             f"the optimizer state of {path_or_url} fits other parameter groups ({error}): resume with the options it "
             "was trained with, such as --layer_decay"
@@ -140,6 +153,18 @@ def resume(
     if scaler is not None and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     return state["epoch"] + 1
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Take the moments from `saved`, and all else (weight decay, rates, kernel) from the optimizer as the run built it.
+
+    Files of the original code know nothing of fused kernels, and an option given on resuming must have its effect.
+    """
+    built = optimizer.state_dict()["param_groups"]
+    if len(built) != len(saved["param_groups"]):
+        raise ValueError(f"{len(saved['param_groups'])} groups in the file, {len(built)} here")
+    groups = [{**ours, "params": theirs["params"]} for ours, theirs in zip(built, saved["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def resume_for_eval(path_or_url: str, model: nn.Module) -> None:

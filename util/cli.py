@@ -25,7 +25,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.Namespace:
-    """Read the command line with `script_parser` (made with add_help=False) and warn of options without effect."""
+    """Read the command line with `script_parser`, which is made with add_help=False."""
     parser = argparse.ArgumentParser(parents=[script_parser], description=description, formatter_class=_Help)
     return parser.parse_args()
 
@@ -49,7 +49,9 @@ def warn_ineffective(args: argparse.Namespace) -> None:
     ineffective = {"local_rank": -1, "resplit": False, "dist_on_itp": False, "world_size": 1}
     given = [f"--{name}" for name, default in ineffective.items() if getattr(args, name, default) != default]
     if given:
-        log.warning(f"no effect here: {', '.join(given)} (processes are counted by the launcher's environment)")
+        log.warning(
+            f"no effect here: {', '.join(given)} (the launcher's environment decides; --resplit was never used)"
+        )
 
 
 def positive(text: str) -> int:

@@ -64,10 +64,20 @@ def list_classes(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
     return files, classes
 
 
+def _contains(folder: str, inner: str) -> bool:
+    return inner == folder or inner.startswith(os.path.join(folder, ""))
+
+
 def _image_paths(root: Path) -> Iterator[str]:
     """All image files below `root`, in sorted order; hidden files and folders left out."""
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        here = os.path.realpath(folder)
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            # a link to a folder above would bring all images again and again
+            if not name.startswith(".") and not _contains(os.path.realpath(os.path.join(folder, name)), here)
+        )
         for name in sorted(names):
             if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith("."):
                 yield os.path.join(folder, name)
@@ -80,7 +90,7 @@ def classification_files(
 
     Raises UserError where a split is missing or empty, or the class folders don't fit each other or `nb_classes`.
     """
-    if data_path is None:
+    if not data_path:
         raise UserError("--data_path is not given: name a folder with train/<class>/ and val/<class>/")
     val_files, classes = list_classes(Path(data_path) / "val")
     train_files, train_classes = list_classes(Path(data_path) / "train") if with_train else ([], classes)

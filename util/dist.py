@@ -1,6 +1,7 @@
 """Start and end of the process group. The only reader of launcher variables (torchrun, srun, mpirun)."""
 
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ def init_distributed(device: str = "auto", dist_url: str = "env://") -> Dist:
 
     `device`: auto (cuda, then mps, then cpu), cuda, mps or cpu. Raises UserError where the device is not there.
     """
-    launch = _launched_by_torchrun() or _launched_by_srun() or _launched_by_mpirun()
+    launch = _launched_by_torchrun() or _launched_by_srun() or _launched_by_mpirun(dist_url)
     if launch is None:
         return Dist(_pick_device(device, 0))
     rank, local_rank, world_size, local_world_size = launch
@@ -90,10 +91,12 @@ def _first_host(nodelist: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def _launched_by_mpirun() -> tuple[int, int, int, int] | None:
+def _launched_by_mpirun(dist_url: str) -> tuple[int, int, int, int] | None:
     env = os.environ
-    if "OMPI_COMM_WORLD_RANK" not in env or "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) == 1:
         return None
+    if dist_url == "env://" and not ("MASTER_ADDR" in env and "MASTER_PORT" in env):
+        raise UserError("mpirun's processes don't know where to meet: pass -x MASTER_ADDR=HOST -x MASTER_PORT=PORT")
     return (
         int(env["OMPI_COMM_WORLD_RANK"]),
         int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
@@ -108,7 +111,7 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
             name = "cuda"
         else:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
         raise UserError(f"--device {name} is not known: use auto, cuda, mps or cpu")
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
@@ -117,11 +120,12 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
             )
         n_gpus = torch.cuda.device_count()
         # a launcher that binds one GPU to each process shows each of them a single one, with index 0
-        index = local_rank if n_gpus > 1 else 0
+        index = int(name[5:]) if ":" in name else local_rank if n_gpus > 1 else 0
         if index >= n_gpus:
-            raise UserError(f"process {local_rank} of this node has no GPU of its own: there are {n_gpus}; start fewer")
-        if ":" not in name:
-            name = f"cuda:{index}"
+            raise UserError(
+                f"--device {name}: GPU {index} is not there for process {local_rank} ({n_gpus} on this node)"
+            )
+        name = f"cuda:{index}"
         torch.cuda.set_device(name)
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu (or auto)")

@@ -3,13 +3,15 @@
 Letters: D width, L tokens. One multiply-add is 2 operations; backward costs twice the forward pass.
 """
 
+import re
+
 import torch
 from torch import nn
 
 from util.dist import Dist
 from util.log import Throughput
 
-# dense bf16/fp16 matrix rate in TFLOP/s by the vendors' datasheets; the first name that the device's name contains
+# dense bf16/fp16 matrix rate in TFLOP/s by the vendors' datasheets; the first whose words the device's name contains
 PEAK_TFLOPS = {
     "H200": 989,
     "H100 PCIe": 756,
@@ -62,6 +64,6 @@ def throughput(
     """
     if peak_tflops is None and env.device.type == "cuda":
         name = torch.cuda.get_device_name(env.device)
-        peak_tflops = next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)
+        peak_tflops = next((rate for known, rate in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
     peak_flops = None if peak_tflops is None else peak_tflops * 1e12 * env.world_size
     return Throughput(images_per_step, (2 if frozen else 6) * forward_macs, peak_flops)

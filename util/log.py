@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.dist import Dist, mean_over_ranks
+from util.errors import UserError
 
 log = logging.getLogger("mae")
 
@@ -39,8 +40,11 @@ def setup_logging(env: Dist, output_dir: str) -> None:
     console.setFormatter(logging.Formatter("%(message)s" if env.is_main else f"[rank {env.rank}] %(message)s"))
     log.addHandler(console)
     if env.is_main and output_dir:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(output_dir) / "train.log")
+        try:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(Path(output_dir) / "train.log")
+        except OSError as error:
+            raise UserError(f"--output_dir {output_dir} cannot be written ({error}): name another folder") from error
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(file)
 
