@@ -128,7 +128,9 @@ class Progress:
     def __iter__(self) -> Iterator[tuple[int, object]]:
         """Yield (iteration, batch)."""
         bar_hidden = not (self.env.is_main and sys.stdout.isatty())
-        self.bar = tqdm(total=self.total, desc=self.header, disable=bar_hidden, dynamic_ncols=True, leave=False)
+        self.bar = tqdm(
+            total=self.total, desc=self.header, disable=bar_hidden, dynamic_ncols=True, leave=False, file=sys.stdout
+        )
         self.start = self.last_read = time.perf_counter()
         waiting_since = self.start
         for iteration, batch in enumerate(self.loader):
