@@ -152,7 +152,7 @@ def add_training_options(
         help="precision of matrix products; auto: bf16 where the device computes in it, else fp16 with loss scaling on "
         "CUDA, else off (float32)")  # fmt: skip
     add("--compile", default="auto", choices=["auto", "on", "off"],
-        help="compile the transformer blocks in the first step (a minute or so); auto: on CUDA")  # fmt: skip
+        help="compile the transformer blocks, in a first step that takes longer; auto: on CUDA")  # fmt: skip
     add("--grad_checkpointing", action="store_true",
         help="compute each block again in backward: less memory, about a third more arithmetic")  # fmt: skip
     add("--peak_tflops", default=None, type=above_zero,
