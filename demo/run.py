@@ -26,7 +26,7 @@ from util.visualize import reconstruct, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, SIDE = "tiny_patch4", 32
-EPOCHS = 110  # of 11 steps of 128 images
+EPOCHS = 100  # of 11 steps of 128 images
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     script(
         "main_pretrain.py", "--data_path", data, f"--model mae_vit_{MODEL} --input_size {SIDE} --amp off",
         f"--batch_size 128 --epochs {args.epochs} --warmup_epochs {args.epochs / 10} --blr 8e-3 --seed {args.seed}",
-        "--crop_min 0.5 --hflip 0",  # a mirrored digit, or a corner of one, is another shape
+        "--crop_min 0.5 --hflip 0 --num_workers 1",  # a mirrored digit, or a corner of one, is another shape
         f"--save_every {args.epochs}", "--output_dir", out / "pretrain", "--log_dir", out / "pretrain",
     )  # fmt: skip
     trained = out / "pretrain" / f"checkpoint-{args.epochs - 1}.pth"
