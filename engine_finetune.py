@@ -5,11 +5,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import nn
-from torch.utils.data import DataLoader
 
 from util import rng
 from util.dist import Dist, share_buffers, sum_over_ranks
+from util.loader import DeviceLoader
 from util.log import Progress, RunLog, Throughput, log
 from util.lr_sched import Schedule, adjust_learning_rate
 from util.step import Step
@@ -18,11 +19,12 @@ from util.step import Step
 def train_one_epoch(
     model: nn.Module,
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    loader: DataLoader,
+    loader: DeviceLoader,
     step: Step,
     schedule: Schedule,
     epoch: int,
     *,
+    erase: RandomErasing | None = None,
     mixup: Mixup | None = None,
     seed: int,
     env: Dist,
@@ -40,10 +42,9 @@ def train_one_epoch(
     for i, (imgs, targets) in progress:
         if i % step.accum_iter == 0:
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
-        imgs = imgs.to(env.device, non_blocking=True)
-        targets = targets.to(env.device, non_blocking=True)
-
-        rng.seed_step(seed, epoch * n + i, env.rank)  # decides mixing and stochastic depth
+        rng.seed_step(seed, epoch * n + i, env.rank)  # decides erasing, mixing and stochastic depth
+        if erase is not None:
+            imgs = erase(imgs)
         if mixup is not None:
             imgs, targets = mixup(imgs, targets)
         update = (i + 1) % step.accum_iter == 0
@@ -62,7 +63,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, env: Dist, dtype: torch.dtype | None, sharded: bool
+    model: nn.Module, loader: DeviceLoader, env: Dist, dtype: torch.dtype | None, sharded: bool
 ) -> dict[str, float]:
     """Mean cross-entropy `loss` and accuracies `acc1`, `acc5` (%, the latter top-min(5, classes)) over all images.
 
@@ -74,7 +75,6 @@ def evaluate(
     totals = torch.zeros(4, dtype=exact, device=env.device)  # images, loss, correct in 1, correct in 5
     progress = Progress(loader, "Test:", every=10, env=env, reduce=False)
     for i, (imgs, labels) in progress:
-        imgs, labels = imgs.to(env.device, non_blocking=True), labels.to(env.device, non_blocking=True)
         with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(imgs).float()
         losses = F.cross_entropy(logits, labels, reduction="none")

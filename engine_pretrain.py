@@ -1,10 +1,10 @@
 """One epoch of masked pretraining."""
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from util import rng
 from util.dist import Dist
+from util.loader import DeviceLoader
 from util.log import Progress, RunLog, Throughput
 from util.lr_sched import Schedule, adjust_learning_rate
 from util.step import Step
@@ -12,7 +12,7 @@ from util.step import Step
 
 def train_one_epoch(
     model: nn.Module,
-    loader: DataLoader,
+    loader: DeviceLoader,
     step: Step,
     schedule: Schedule,
     epoch: int,
@@ -33,8 +33,6 @@ def train_one_epoch(
     for i, (imgs, _) in progress:
         if i % step.accum_iter == 0:
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
-        imgs = imgs.to(env.device, non_blocking=True)
-
         rng.seed_step(seed, epoch * n + i, env.rank)  # decides the masks
         update = (i + 1) % step.accum_iter == 0
         loss = step(lambda: model(imgs, mask_ratio=mask_ratio, loss_only=True), update)  # noqa: B023

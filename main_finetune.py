@@ -4,13 +4,14 @@ import argparse
 
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, flops, rng, speed
+from util import checkpoint, cli, datasets, flops, loader, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -85,17 +86,15 @@ def main(args: argparse.Namespace) -> None:
     if mixes and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} is odd, but mixup and cutmix mix pairs: choose an even one")
     train_files, val_files = datasets.classification_files(args.data_path, args.nb_classes, with_train=not args.eval)
-    num_workers = datasets.available_workers(args.num_workers, env)
+    num_workers = loader.available_workers(args.num_workers, env)
     val_set = datasets.Images(val_files, eval_transform(args.input_size), args.seed, args.skip_bad_images)
-    val_loader = datasets.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
+    val_loader = loader.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
     if not args.eval:
-        transform = finetune_transform(
-            args.input_size, args.color_jitter, args.aa, args.reprob, args.remode, args.recount
-        )
+        transform = finetune_transform(args.input_size, args.color_jitter, args.aa)
         train_set = datasets.Images(train_files, transform, args.seed, args.skip_bad_images)
         sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
-        loader = datasets.train_loader(train_set, sampler, num_workers, args.pin_mem)
-        log.info(f"{len(train_set)} training and {len(val_set)} validation images, {len(loader)} batches an epoch")
+        train_loader = loader.train_loader(train_set, sampler, num_workers, args.pin_mem)
+        log.info(f"{len(train_set)} images to train, {len(val_set)} to validate, {len(train_loader)} batches an epoch")
 
     # model
     rng.seed_init(args.seed)
@@ -122,6 +121,10 @@ def main(args: argparse.Namespace) -> None:
     log.info(f"{args.model}: {n_parameters:,} parameters")
     speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)
+
+    erase = None
+    if args.reprob > 0:
+        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(env.device))
 
     # loss: with mixing, the targets are soft and Mixup has smoothed them already
     mixup = criterion = None
@@ -157,8 +160,8 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(start_epoch, args.epochs):
         sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
-            ddp_model, criterion, loader, step, schedule, epoch,
-            mixup=mixup, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
+            ddp_model, criterion, train_loader, step, schedule, epoch,
+            erase=erase, mixup=mixup, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
         )  # fmt: skip
         datasets.report_bad(train_set)
         writer.after_epoch(epoch, model, optimizer, step.scaler)

@@ -7,7 +7,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, flops, rng, speed
+from util import checkpoint, cli, datasets, flops, loader, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.lars import LARS
 from util.log import RunLog, log, setup_logging
@@ -37,15 +37,15 @@ def main(args: argparse.Namespace) -> None:
 
     # data
     train_files, val_files = datasets.classification_files(args.data_path, args.nb_classes, with_train=not args.eval)
-    num_workers = datasets.available_workers(args.num_workers, env)
+    num_workers = loader.available_workers(args.num_workers, env)
     val_set = datasets.Images(val_files, eval_transform(args.input_size), args.seed, args.skip_bad_images)
-    val_loader = datasets.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
+    val_loader = loader.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
     if not args.eval:
         transform = linprobe_transform(args.input_size, args.crop_min, args.hflip)
         train_set = datasets.Images(train_files, transform, args.seed, args.skip_bad_images)
         sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
-        loader = datasets.train_loader(train_set, sampler, num_workers, args.pin_mem)
-        log.info(f"{len(train_set)} training and {len(val_set)} validation images, {len(loader)} batches an epoch")
+        train_loader = loader.train_loader(train_set, sampler, num_workers, args.pin_mem)
+        log.info(f"{len(train_set)} images to train, {len(val_set)} to validate, {len(train_loader)} batches an epoch")
 
     # model: everything frozen but the head
     rng.seed_init(args.seed)
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(start_epoch, args.epochs):
         sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
-            ddp_model, criterion, loader, step, schedule, epoch,
+            ddp_model, criterion, train_loader, step, schedule, epoch,
             seed=args.seed, env=env, run_log=run_log, throughput=throughput,
         )  # fmt: skip
         datasets.report_bad(train_set)

@@ -8,7 +8,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import checkpoint, cli, datasets, flops, rng, speed
+from util import checkpoint, cli, datasets, flops, loader, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -50,9 +50,9 @@ def main(args: argparse.Namespace) -> None:
     transform = pretrain_transform(args.input_size, args.crop_min, args.hflip)
     dataset = datasets.Images(files, transform, args.seed, args.skip_bad_images)
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
-    num_workers = datasets.available_workers(args.num_workers, env)
-    loader = datasets.train_loader(dataset, sampler, num_workers, args.pin_mem)
-    log.info(f"{len(dataset)} training images below {folder}, {len(loader)} batches an epoch")
+    num_workers = loader.available_workers(args.num_workers, env)
+    train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem)
+    log.info(f"{len(dataset)} training images below {folder}, {len(train_loader)} batches an epoch")
 
     # model
     rng.seed_init(args.seed)
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(start_epoch, args.epochs):
         sampler.set_epoch(epoch)
         stats = train_one_epoch(
-            ddp_model, loader, step, schedule, epoch,
+            ddp_model, train_loader, step, schedule, epoch,
             mask_ratio=args.mask_ratio, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
         )  # fmt: skip
         datasets.report_bad(dataset)

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 import models_mae
 from demo.make_digits import write_digits
 from util import checkpoint, rng
 from util.datasets import Images, list_classes
+from util.dist import Dist
 from util.knn import knn_accuracy, mean_features
+from util.loader import DeviceLoader, eval_loader
 from util.transforms import eval_transform
 from util.visualize import reconstruct, sheet
 
@@ -97,13 +98,21 @@ def load_mae(weights: Path) -> torch.nn.Module:
     return model
 
 
+def batches(files: list[tuple[str, int]], batch_size: int) -> DeviceLoader:
+    """Images and labels on the CPU, as evaluation sees them."""
+    env = Dist(torch.device("cpu"))
+    return eval_loader(
+        Images(files, eval_transform(SIDE)), batch_size, env, sharded=False, num_workers=0, pin_mem=False
+    )
+
+
 def nearest_neighbours(weights: Path, data: Path) -> float:
     """Accuracy (%) of the vote of the 5 nearest training images."""
     model = load_mae(weights)
     splits = []
     for split in ("train", "val"):
-        loader = DataLoader(Images(list_classes(data / split)[0], eval_transform(SIDE)), batch_size=256)
-        splits.append(mean_features(model, loader, torch.device("cpu")))
+        loader = batches(list_classes(data / split)[0], batch_size=256)
+        splits.append(mean_features(model, loader))
     return knn_accuracy(*splits, k=5)
 
 
@@ -111,8 +120,7 @@ def draw(weights: Path, data: Path, path: Path) -> Path:
     """Reconstructions of one validation image of each class."""
     files, classes = list_classes(data / "val")
     firsts = [next(file for file in files if file[1] == label) for label in range(len(classes))]
-    images = Images(firsts, eval_transform(SIDE))
-    imgs = torch.stack([images[i][0] for i in range(len(images))])
+    imgs, _ = next(iter(batches(firsts, batch_size=len(firsts))))
     model = load_mae(weights)
     noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(0))
     sheet(reconstruct(model, imgs, noise=noise)).save(path)

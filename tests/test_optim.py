@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import write_image_folder
 from PIL import Image
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -545,6 +546,38 @@ def test_stochastic_depth_is_decided_by_seed_step_and_rank():
         runs.append(curves.values("loss"))
     assert runs[0] == runs[1]
     assert len({loss for run in runs for loss in run}) == 2 * 4
+
+
+def test_erasing_is_decided_by_seed_step_and_rank_and_fills_boxes_of_some_images():
+    class Spy(nn.Module):
+        """Notes the images of each pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.seen = nn.Linear(1, 5), []
+
+        def forward(self, imgs):
+            self.seen.append(imgs.clone())
+            return self.head(imgs.mean(dim=(1, 2, 3))[:, None])
+
+    erase, runs = RandomErasing(0.25, mode="pixel", device="cpu"), []
+    for seed, epoch, rank in KEYS:
+        spy, env = Spy(), Dist(CPU.device, rank)
+        loader = [(torch.full((64, 3, 16, 16), 9.0), torch.arange(64) % 5) for _ in range(2)]
+        step = Step(spy, torch.optim.SGD(spy.parameters(), lr=0.0), CPU.device)
+        engine_finetune.train_one_epoch(
+            spy, nn.CrossEntropyLoss(), loader, step, Schedule(0, 0, 0, 5), epoch,
+            erase=erase, seed=seed, env=env, run_log=Curves(),
+        )  # fmt: skip
+        runs.append(torch.stack(spy.seen))
+    assert torch.equal(runs[0], runs[1])
+    assert len({tuple(imgs.flatten().tolist()) for run in runs for imgs in run}) == 2 * 4
+    erased = torch.cat([imgs for run in runs[1:] for imgs in run]) != 9  # 512 images
+    assert 0.17 < erased.flatten(1).any(dim=1).float().mean() < 0.33
+    areas = erased[:, 0].flatten(1).float().mean(dim=1)
+    assert areas[areas > 0].min() > 0.005 and areas.max() < 0.4  # 2 to 33 %, rounded to pixels
+    filled = torch.cat([imgs for run in runs[1:] for imgs in run])[erased]
+    assert abs(filled.mean()) < 0.02 and abs(filled.std() - 1) < 0.02  # normal, of the scale of normalised pixels
 
 
 @pytest.mark.parametrize("classes", [3, 10])

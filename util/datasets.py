@@ -1,36 +1,19 @@
-"""Where images come from: files on disk, decoded to RGB, transformed, in an order set by (seed, epoch)."""
+"""Where images come from: files on disk, decoded, transformed, in an order set by (seed, epoch)."""
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from util import rng
-from util.dist import Dist, available_cores
+from util.decode import decode
+from util.dist import Dist
 from util.errors import UserError
 from util.log import log
-
-# Pillow warns that a palette's transparency gets lost in RGB, which is what the recipe wants
-warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
-
-
-def load_rgb(path: str) -> Image.Image:
-    """File -> RGB image, as Pillow's convert("RGB"), but 16-bit grey is scaled to 8 bits (Pillow clips it to white).
-
-    EXIF orientation is ignored, as in the original recipe.
-    """
-    with open(path, "rb") as file:
-        image = Image.open(file)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            wide = np.asarray(image).astype(np.float64)
-            image = Image.fromarray(np.clip(np.round(wide / 257), 0, 255).astype(np.uint8))
-        return image.convert("RGB")
 
 
 def list_images(root: str | Path) -> list[tuple[str, int]]:
@@ -117,8 +100,9 @@ def _existing_folder(root: str | Path) -> Path:
 
 
 class Images(Dataset):
-    """Images from files. Item (epoch, index) is augmented by (seed, epoch, index); item `index` draws nothing.
+    """Images from files: (uint8 [H, W, 3], to be mirrored, label). `transform`: see util/transforms.py.
 
+    Item (epoch, index) is augmented by (seed, epoch, index); item `index` draws nothing.
     A file that can't be decoded raises UserError with its name; with `skip_bad` the next good one takes its place, and
     `take_bad()` lists it.
     """
@@ -133,18 +117,18 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, bool, int]:
         epoch, index = key if isinstance(key, tuple) else (None, key)
-        image, label = self._load(index)
+        pixels, label = self._load(index)
         if epoch is not None:
             rng.seed_sample(self.seed, epoch, index)
-        return self.transform(image), label
+        return *self.transform(pixels), label
 
-    def _load(self, index: int) -> tuple[Image.Image, int]:
+    def _load(self, index: int) -> tuple[torch.Tensor, int]:
         for offset in range(len(self)):
             path, label = self.files[(index + offset) % len(self)]
             try:
-                return load_rgb(path), label
+                return decode(torch.from_numpy(np.fromfile(path, np.uint8))), label
             except Exception as error:  # decoders raise whatever they like
                 if not self.skip_bad:
                     raise UserError(
@@ -199,38 +183,3 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         for i in range(self.n_batches):
             first = (i * self.env.world_size + self.env.rank) * self.batch_size
             yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
-
-
-def train_loader(dataset: Images, sampler: TrainSampler, num_workers: int, pin_mem: bool) -> DataLoader:
-    """Batches (images [N, 3, H, W], labels [N]) in the order of the sampler."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_mem and sampler.env.device.type == "cuda",
-        persistent_workers=num_workers > 0,
-    )
-
-
-def eval_loader(
-    dataset: Images, batch_size: int, env: Dist, sharded: bool, num_workers: int, pin_mem: bool
-) -> DataLoader:
-    """Every image once, in order; with `sharded`, once over all ranks together (their shares may differ by one)."""
-    indices = range(env.rank, len(dataset), env.world_size) if sharded else range(len(dataset))
-    return DataLoader(
-        dataset,
-        sampler=indices,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_mem and env.device.type == "cuda",
-        persistent_workers=num_workers > 0 and len(indices) > 0,
-    )
-
-
-def available_workers(num_workers: int, env: Dist) -> int:
-    """`num_workers` per process, capped at this process's share of the machine's cores, with a line saying so."""
-    cores = available_cores()
-    share = max(cores // env.local_world_size, 1)
-    if num_workers > share:
-        log.info(f"--num_workers {num_workers} capped at {share}: {cores} cores, {env.local_world_size} processes here")
-    return min(num_workers, share)

@@ -3,18 +3,19 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+
+from util.loader import DeviceLoader
 
 
 @torch.no_grad()
-def mean_features(model: nn.Module, loader: DataLoader, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_features(model: nn.Module, loader: DeviceLoader) -> tuple[torch.Tensor, torch.Tensor]:
     """Images -> (features [n, D], labels [n]): the mean patch token of each whole image. `model`: see models_mae.py."""
     model.eval()
     features, labels = [], []
     for imgs, targets in loader:
-        _, patch_map = model.encode(imgs.to(device))
+        _, patch_map = model.encode(imgs)
         features.append(patch_map.mean(dim=(2, 3)).cpu())
-        labels.append(targets)
+        labels.append(targets.cpu())
     return torch.cat(features), torch.cat(labels)
 
 
