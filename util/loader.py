@@ -17,14 +17,17 @@ def normalise(pixels: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
 
     In memory it stays [N, H, W, 3], of which patches are cheaper to take.
     """
-    pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels).permute(0, 3, 1, 2)
-    mean, std = (_per_channel(values, pixels.device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    n, height, width, _ = pixels.shape
+    pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
+    mean, std = (_row(values, width, pixels.device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    imgs = pixels.view(n, height, width * 3).float().div_(255).sub_(mean).div_(std)
+    return imgs.view(n, height, width, 3).permute(0, 3, 1, 2)
 
 
 @functools.cache  # a copy to the device in each step would make the host wait
-def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+def _row(channels: tuple[float, ...], width: int, device: torch.device) -> torch.Tensor:
+    """[width * 3]: the channels' values for a row of pixels; broadcasting three values by themselves is slow."""
+    return torch.tensor(channels, device=device).repeat(width)
 
 
 class DeviceLoader:
