@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
         transform = finetune_transform(args.input_size, args.color_jitter, args.aa)
         train_set = datasets.Images(train_files, transform, args.seed, args.skip_bad_images)
         sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
-        train_loader = loader.train_loader(train_set, sampler, num_workers, args.pin_mem)
+        train_loader = loader.train_loader(train_set, sampler, num_workers, args.pin_mem, args.decode)
         log.info(f"{len(train_set)} images to train, {len(val_set)} to validate, {len(train_loader)} batches an epoch")
 
     # model

@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     dataset = datasets.Images(files, transform, args.seed, args.skip_bad_images)
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = loader.available_workers(args.num_workers, env)
-    train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem)
+    train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode)
     log.info(f"{len(dataset)} training images below {folder}, {len(train_loader)} batches an epoch")
 
     # model

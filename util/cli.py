@@ -178,6 +178,9 @@ def add_data_options(parser: argparse.ArgumentParser, data_path_help: str) -> No
     add("--data_path", default=None, metavar="FOLDER", help=data_path_help)
     add("--skip_bad_images", action="store_true",
         help="replace files that cannot be decoded by the next good one and list them each epoch")  # fmt: skip
+    add("--decode", default="cpu", choices=["cpu", "cuda"],
+        help="who decodes, crops and resizes JPEGs to train on; cuda: the GPU, where cores are few or slow (no --aa or "
+        "--color_jitter; validation images always take the CPU)")  # fmt: skip
     add("--num_workers", default=10, type=count, metavar="N",
         help="loader workers per process; capped at the process's share of the cores")  # fmt: skip
     add("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to a GPU")

@@ -124,16 +124,21 @@ class Images(Dataset):
             rng.seed_sample(self.seed, epoch, index)
         return *self.transform(pixels), label
 
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
+        """The file's content [n_bytes] uint8, and its label."""
+        path, label = self.files[index]
+        return torch.from_numpy(np.fromfile(path, np.uint8)), label
+
     def _load(self, index: int) -> tuple[torch.Tensor, int]:
         for offset in range(len(self)):
-            path, label = self.files[(index + offset) % len(self)]
             try:
-                return decode(torch.from_numpy(np.fromfile(path, np.uint8))), label
+                data, label = self.read((index + offset) % len(self))
+                return decode(data), label
             except Exception as error:  # decoders raise whatever they like
                 if not self.skip_bad:
                     raise UserError(
-                        f"cannot decode {path} ({type(error).__name__}: {error}): mend or remove it, or pass "
-                        "--skip_bad_images"
+                        f"cannot decode {self.files[index][0]} ({type(error).__name__}: {error}): mend or remove it, "
+                        "or pass --skip_bad_images"
                     ) from error
                 self.bad[(index + offset) % len(self)] = 1
         raise UserError(f"none of the {len(self)} images can be decoded, such as {self.files[0][0]}")

@@ -1,14 +1,15 @@
 """From a dataset to batches on the device: loader workers send uint8, the device mirrors and normalises."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
 
-from util.datasets import TrainSampler
+from util.datasets import Images, TrainSampler
 from util.dist import Dist, available_cores
+from util.gpu_decode import EncodedImages, check_gpu_decode
 from util.log import log
 
 
@@ -30,43 +31,63 @@ def _row(channels: tuple[float, ...], width: int, device: torch.device) -> torch
     return torch.tensor(channels, device=device).repeat(width)
 
 
-class DeviceLoader:
-    """Iterates over (images [N, 3, H, W] normalised, labels [N]) on the device, from a DataLoader of uint8 batches.
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # uint8 [N, H, W, 3], to be mirrored [N], labels [N]
 
-    On CUDA a batch is copied on a stream of its own: the host runs ahead of the device, so the copy happens while an
-    earlier batch is computed with.
+
+class DeviceLoader:
+    """Iterates over (images [N, 3, H, W] normalised, labels [N]) on the device.
+
+    `loader` yields batches on the host, which `to_device` turns into a Batch on the device. On CUDA this happens on a
+    stream of its own: the host runs ahead of the device, so while an earlier batch is computed with.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+    def __init__(self, loader: DataLoader, device: torch.device, to_device: Callable[..., Batch] | None = None) -> None:
         self.loader, self.device = loader, device
+        self.to_device = to_device or _copy_to
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        for batch in self.loader:
+        for host_batch in self.loader:
             with torch.cuda.stream(copies):  # does nothing without a stream
-                pixels, mirror, labels = (part.to(self.device, non_blocking=True) for part in batch)
+                batch = self.to_device(host_batch, self.device)
             if copies is not None:
                 current = torch.cuda.current_stream(self.device)
                 current.wait_stream(copies)
-                for part in (pixels, mirror, labels):
+                for part in batch:
                     part.record_stream(current)  # its memory is not reused before the step is done with it
+            pixels, mirror, labels = batch
             yield normalise(pixels, mirror), labels
 
 
-def train_loader(dataset: Dataset, sampler: TrainSampler, num_workers: int, pin_mem: bool) -> DeviceLoader:
-    """Batches in the order of the sampler."""
+def _copy_to(batch: list[torch.Tensor], device: torch.device) -> Batch:
+    pixels, mirror, labels = (part.to(device, non_blocking=True) for part in batch)
+    return pixels, mirror, labels
+
+
+def train_loader(
+    dataset: Images, sampler: TrainSampler, num_workers: int, pin_mem: bool, decode: str = "cpu"
+) -> DeviceLoader:
+    """Batches in the order of the sampler. `decode`: cpu, or cuda to leave JPEGs to the GPU.
+
+    Raises UserError where the device or the recipe does not allow that.
+    """
     device = sampler.env.device
+    encoded = None
+    if decode == "cuda":
+        check_gpu_decode(dataset.transform, device)
+        encoded = EncodedImages(dataset)
     loader = DataLoader(
-        dataset,
+        encoded or dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        pin_memory=pin_mem and device.type == "cuda",
+        pin_memory=pin_mem and device.type == "cuda" and encoded is None,  # nvJPEG reads ordinary memory
         persistent_workers=num_workers > 0,
+        collate_fn=list if encoded else None,
     )
-    return DeviceLoader(loader, device)
+    return DeviceLoader(loader, device, encoded and encoded.decode)
 
 
 def eval_loader(

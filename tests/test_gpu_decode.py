@@ -1,0 +1,113 @@
+"""--decode cuda: the same code with the CPU in the GPU's place, where its pixels must be those of the ordinary path."""
+
+import io
+
+import pytest
+import skimage.data
+import torch
+from helpers import project_log, run, write_image_folder
+from PIL import Image
+
+from util.datasets import Images, TrainSampler
+from util.dist import Dist
+from util.errors import UserError
+from util.gpu_decode import EncodedImages
+from util.loader import DeviceLoader, train_loader
+from util.transforms import finetune_transform, linprobe_transform, pretrain_transform
+
+CPU = Dist(torch.device("cpu"))
+RECIPES = {
+    "pretrain": pretrain_transform(32, crop_min=0.2, hflip=0.5),
+    "linprobe": linprobe_transform((32, 48), crop_min=0.08, hflip=0.5),
+    "finetune": finetune_transform(32, None, None),
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """JPEGs in RGB, grey and CMYK, a PNG, and a PNG that calls itself JPEG; labels 0 to 4."""
+    photo = Image.fromarray(skimage.data.coffee()).resize((150, 100))
+    contents = [
+        ("a.jpg", photo, "jpeg"),
+        ("b.jpg", photo.convert("L"), "jpeg"),
+        ("c.jpg", photo.convert("CMYK"), "jpeg"),
+    ]
+    contents += [("d.png", photo, "png"), ("e.jpg", photo, "png")]
+    for name, image, kind in contents:
+        image.save(tmp_path / name, kind)
+    return [(str(tmp_path / name), label) for label, (name, *_) in enumerate(contents)]
+
+
+def batches(images, sampler, decode):
+    """[(imgs, labels), ...] of one epoch; decode "cuda" leaves JPEGs encoded, and decodes them on the CPU."""
+    if decode == "cpu":
+        return list(train_loader(images, sampler, num_workers=0, pin_mem=False))
+    encoded = EncodedImages(images)
+    loader = torch.utils.data.DataLoader(encoded, batch_sampler=sampler, num_workers=1, collate_fn=list)
+    return list(DeviceLoader(loader, CPU.device, encoded.decode))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_draws_and_pixels_are_those_of_the_ordinary_path(recipe, files):
+    images, sampler = Images(files * 3, RECIPES[recipe], seed=3), TrainSampler(15, 5, 1, CPU, seed=3)
+    ours, expected = batches(images, sampler, "cuda"), batches(images, sampler, "cpu")
+    assert len(ours) == len(expected) == 3
+    for (imgs, labels), (expected_imgs, expected_labels) in zip(ours, expected, strict=True):
+        assert torch.equal(labels, expected_labels)
+        assert torch.equal(imgs, expected_imgs)
+
+
+def test_only_jpegs_that_the_gpu_knows_stay_encoded(files):
+    encoded = EncodedImages(Images(files, RECIPES["pretrain"]))
+    boxes = [encoded[0, i][1] for i in range(5)]
+    assert [box is not None for box in boxes] == [True, True, False, False, False]
+
+
+def break_scan(path):
+    """Cut the file behind its header: it tells a size, but does not decode."""
+    data = open(path, "rb").read()
+    open(path, "wb").write(data[: data.index(b"\xff\xda") + 40])
+    assert Image.open(io.BytesIO(data)).size == (150, 100)
+
+
+def test_a_broken_jpeg_is_named(files):
+    break_scan(files[1][0])
+    with project_log() as lines, pytest.raises(UserError, match="cannot decode .*b.jpg"):
+        batches(Images(files, RECIPES["pretrain"]), TrainSampler(5, 5, 1, CPU, seed=0), "cuda")
+    assert "decoded on the CPU" in lines[0]
+
+
+def test_a_broken_or_missing_file_is_replaced_and_listed(files, tmp_path):
+    break_scan(files[1][0])
+    (tmp_path / "d.png").unlink()
+    images, sampler = Images(files, RECIPES["pretrain"], skip_bad=True), TrainSampler(5, 5, 1, CPU, seed=0)
+    (imgs, labels), = batches(images, sampler, "cuda")  # fmt: skip
+    assert sorted(labels.tolist()) == [0, 2, 2, 4, 4]
+    assert images.take_bad() == [files[1][0], files[3][0]]
+    assert torch.equal(imgs, batches(images, sampler, "cpu")[0][0])
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(files, tmp_path):
+    data = write_image_folder(tmp_path / "data", n_train=4)
+    tiny = ("--data_path", data, "--device", "cpu", "--input_size", 32, "--output_dir", "", "--log_dir", "")
+    done = run(
+        "main_pretrain.py", *tiny, "--decode", "cuda", "--batch_size", 2, "--model", "mae_vit_tiny_patch4", code=2
+    )
+    assert "--decode cuda needs a CUDA GPU, but the device is cpu: pass --decode cpu" in done.stderr
+    on_gpu = TrainSampler(5, 5, 1, Dist(torch.device("cuda")), seed=0)
+    with pytest.raises(UserError, match="--aa"):
+        train_loader(Images(files, finetune_transform(32, None, "rand-m9")), on_gpu, 0, False, decode="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_gpu_s_pixels_are_close_to_the_cpu_s(files):
+    """nvJPEG rounds otherwise than libjpeg-turbo, and the GPU resizes in floating point."""
+    images = Images(files * 3, RECIPES["pretrain"], seed=3)
+    expected = batches(images, TrainSampler(15, 5, 1, CPU, seed=3), "cpu")
+    sampler = TrainSampler(15, 5, 1, Dist(torch.device("cuda")), seed=3)
+    for (imgs, labels), (expected_imgs, expected_labels) in zip(
+        train_loader(images, sampler, 1, True, decode="cuda"), expected, strict=True
+    ):
+        assert torch.equal(labels.cpu(), expected_labels)
+        levels = 255 * 0.225 * (imgs.cpu() - expected_imgs).abs()
+        assert levels.mean() < 2 and levels.max() < 40
