@@ -11,8 +11,9 @@ from torch import nn
 from util import rng
 from util.dist import Dist, share_buffers, sum_over_ranks
 from util.loader import DeviceLoader
-from util.log import Progress, RunLog, Throughput, log
+from util.log import Part, Progress, RunLog, Throughput, log
 from util.lr_sched import Schedule, adjust_learning_rate
+from util.saving import Saver
 from util.step import Step
 
 
@@ -30,15 +31,20 @@ def train_one_epoch(
     env: Dist,
     run_log: RunLog,
     throughput: Throughput | None = None,
+    done: Part | None = None,
+    saver: Saver | None = None,
 ) -> dict[str, float]:
     """Train on every batch of `loader`; returns the epoch's mean `loss` and `lr`, over all ranks.
 
     `criterion` takes logits [N, classes] and labels [N], or soft targets [N, classes] where `mixup` is given. The
-    number of batches is a multiple of `step.accum_iter`. Raises NonFiniteLossError, on all ranks together.
+    number of batches is a multiple of `step.accum_iter`. `done` is the part of the epoch that the loader leaves out.
+    Raises NonFiniteLossError, and through `saver` Stopped after a signal, on all ranks together.
     """
     model.train()
     n = len(loader)
-    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env, throughput=throughput)
+    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env, throughput=throughput, done=done)
+    if saver is not None:
+        saver.begin(epoch, progress)
     for i, (imgs, targets) in progress:
         if i % step.accum_iter == 0:
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
@@ -51,29 +57,42 @@ def train_one_epoch(
         loss = step(lambda: criterion(model(imgs).float(), targets), update)  # noqa: B023
 
         progress.add(i, lr=lr, loss=loss)
-        if progress.due(i):  # the only place where the host waits for the device
+        saving = update and saver is not None and saver.due()
+        if progress.due(i) or saving:  # the only place where the host waits for the device
             for j, values in progress.read():
                 x = int(1000 * (epoch + j / n))  # the same scale for every batch size
                 run_log.scalar("loss", values["loss"], x)
                 run_log.scalar("lr", values["lr"], x)
             for name, value in progress.rates.items():
                 run_log.scalar(name, value, int(1000 * (epoch + i / n)))
+        if saving:
+            saver.save_part()
     return progress.averages()
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DeviceLoader, env: Dist, dtype: torch.dtype | None, sharded: bool
+    model: nn.Module,
+    loader: DeviceLoader,
+    env: Dist,
+    dtype: torch.dtype | None,
+    sharded: bool,
+    saver: Saver | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy `loss` and accuracies `acc1`, `acc5` (%, the latter top-min(5, classes)) over all images.
 
-    `sharded`: the ranks hold disjoint shares of the images, which are added up; else each rank has them all.
+    `sharded`: the ranks hold disjoint shares of the images, which are added up; else each rank has them all. Raises
+    Stopped, through `saver`, after a signal.
     """
     model.eval()
     share_buffers(model)
     exact = torch.float32 if env.device.type == "mps" else torch.float64  # mps has no float64
     totals = torch.zeros(4, dtype=exact, device=env.device)  # images, loss, correct in 1, correct in 5
     progress = Progress(loader, "Test:", every=10, env=env, reduce=False)
+    # ranks may differ by one batch, and must ask one another equally often
+    n_common = len(loader)
+    if saver is not None and sharded:
+        n_common = len(loader.loader.dataset) // env.world_size // loader.loader.batch_size
     for i, (imgs, labels) in progress:
         with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(imgs).float()
@@ -84,6 +103,8 @@ def evaluate(
         progress.add(i, loss=losses.mean())
         if progress.due(i):
             progress.read()
+        if saver is not None and i < n_common:
+            saver.leave_if_told()
     n_images, loss, top1, top5 = (sum_over_ranks(totals) if sharded else totals).tolist()
     stats = {"loss": loss / n_images, "acc1": 100 * top1 / n_images, "acc5": 100 * top5 / n_images}
     log.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))

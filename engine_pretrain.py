@@ -5,8 +5,9 @@ from torch import nn
 from util import rng
 from util.dist import Dist
 from util.loader import DeviceLoader
-from util.log import Progress, RunLog, Throughput
+from util.log import Part, Progress, RunLog, Throughput
 from util.lr_sched import Schedule, adjust_learning_rate
+from util.saving import Saver
 from util.step import Step
 
 
@@ -22,14 +23,19 @@ def train_one_epoch(
     env: Dist,
     run_log: RunLog,
     throughput: Throughput | None = None,
+    done: Part | None = None,
+    saver: Saver | None = None,
 ) -> dict[str, float]:
     """Train on every batch of `loader`; returns the epoch's mean `loss` and `lr`, over all ranks.
 
-    The number of batches is a multiple of `step.accum_iter`. Raises NonFiniteLossError, on all ranks together.
+    The number of batches is a multiple of `step.accum_iter`. `done` is the part of the epoch that the loader leaves
+    out. Raises NonFiniteLossError, and through `saver` Stopped after a signal, on all ranks together.
     """
     model.train()
     n = len(loader)
-    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env, throughput=throughput)
+    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env, throughput=throughput, done=done)
+    if saver is not None:
+        saver.begin(epoch, progress)
     for i, (imgs, _) in progress:
         if i % step.accum_iter == 0:
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
@@ -38,11 +44,14 @@ def train_one_epoch(
         loss = step(lambda: model(imgs, mask_ratio=mask_ratio, loss_only=True), update)  # noqa: B023
 
         progress.add(i, lr=lr, loss=loss)
-        if progress.due(i):  # the only place where the host waits for the device
+        saving = update and saver is not None and saver.due()
+        if progress.due(i) or saving:  # the only place where the host waits for the device
             for j, values in progress.read():
                 x = int(1000 * (epoch + j / n))  # the same scale for every batch size
                 run_log.scalar("train_loss", values["loss"], x)
                 run_log.scalar("lr", values["lr"], x)
             for name, value in progress.rates.items():
                 run_log.scalar(name, value, int(1000 * (epoch + i / n)))
+        if saving:
+            saver.save_part()
     return progress.averages()

@@ -12,6 +12,8 @@ from util.dist import init_distributed, shutdown, wrap
 from util.lars import LARS
 from util.log import RunLog, log, setup_logging
 from util.lr_sched import Schedule, scaled_lr
+from util.resume import refuse_second_run
+from util.saving import Saver
 from util.step import Step, autocast_dtype
 from util.transforms import eval_transform, linprobe_transform
 
@@ -30,10 +32,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Probe, or with --eval evaluate, as `args` says. Raises UserError for bad input before the first step."""
-    env = init_distributed(args.device, args.dist_url)
+    env = init_distributed(args.device, args.dist_url, args.dist_timeout)
     setup_logging(env, args.output_dir)
     cli.warn_ineffective(args)
     log.info(args)
+    if not args.eval:
+        refuse_second_run(env, args.output_dir, args.resume)
 
     # data
     train_files, val_files = datasets.classification_files(args.data_path, args.nb_classes, with_train=not args.eval)
@@ -88,25 +92,25 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # training
-    start_epoch = checkpoint.resume(args.resume, model, optimizer, step.scaler) if args.resume else args.start_epoch
-    writer = checkpoint.Writer(env, args.output_dir, args.save_every, args)
-    run_log = RunLog(env, args.output_dir, args.log_dir)
-    max_accuracy = 0.0
-    if start_epoch >= args.epochs:
-        log.warning(f"nothing left to train: epoch {start_epoch} of --epochs {args.epochs}")
-    for epoch in range(start_epoch, args.epochs):
-        sampler.set_epoch(epoch)
-        train_stats = train_one_epoch(
-            ddp_model, criterion, train_loader, step, schedule, epoch,
-            seed=args.seed, env=env, run_log=run_log, throughput=throughput,
-        )  # fmt: skip
-        datasets.report_bad(train_set)
-        writer.after_epoch(epoch, model, optimizer, step.scaler)
-        test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval)
-        datasets.report_bad(val_set)
-        max_accuracy = max(max_accuracy, test_stats["acc1"])
-        log.info(f"Max accuracy: {max_accuracy:.2f}%")
-        run_log.classifier_epoch(epoch, train_stats, test_stats, n_parameters)
+    with Saver(env, args, model, optimizer, step.scaler) as saver:
+        start = saver.resume()
+        run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)
+        if start.epoch >= args.epochs:
+            log.warning(f"nothing left to train: epoch {start.epoch} of --epochs {args.epochs}")
+        for epoch in range(start.epoch, args.epochs):
+            done = start.part_of(epoch)
+            sampler.set_epoch(epoch, done.iteration)
+            train_stats = train_one_epoch(
+                ddp_model, criterion, train_loader, step, schedule, epoch,
+                seed=args.seed, env=env, run_log=run_log, throughput=throughput,
+                done=done, saver=saver,
+            )  # fmt: skip
+            datasets.report_bad(train_set)
+            test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval, saver)
+            datasets.report_bad(val_set)
+            log.info(f"Max accuracy: {max(saver.max_accuracy, test_stats['acc1']):.2f}%")
+            run_log.classifier_epoch(epoch, train_stats, test_stats, n_parameters)
+            saver.after_epoch(epoch, test_stats["acc1"])
     run_log.close()
     shutdown()
 

@@ -8,11 +8,13 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import checkpoint, cli, datasets, flops, loader, rng, speed
+from util import cli, datasets, flops, loader, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
 from util.lr_sched import Schedule, scaled_lr
+from util.resume import refuse_second_run
+from util.saving import Saver
 from util.step import Step, autocast_dtype
 from util.transforms import pretrain_transform
 
@@ -36,10 +38,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Pretrain as `args` says. Raises UserError for bad input before the first step."""
-    env = init_distributed(args.device, args.dist_url)
+    env = init_distributed(args.device, args.dist_url, args.dist_timeout)
     setup_logging(env, args.output_dir)
     cli.warn_ineffective(args)
     log.info(args)
+    refuse_second_run(env, args.output_dir, args.resume)
 
     # data
     if not args.data_path:
@@ -80,20 +83,22 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # training
-    start_epoch = checkpoint.resume(args.resume, model, optimizer, step.scaler) if args.resume else args.start_epoch
-    writer = checkpoint.Writer(env, args.output_dir, args.save_every, args)
-    run_log = RunLog(env, args.output_dir, args.log_dir)
-    if start_epoch >= args.epochs:
-        log.warning(f"nothing left to train: epoch {start_epoch} of --epochs {args.epochs}")
-    for epoch in range(start_epoch, args.epochs):
-        sampler.set_epoch(epoch)
-        stats = train_one_epoch(
-            ddp_model, train_loader, step, schedule, epoch,
-            mask_ratio=args.mask_ratio, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
-        )  # fmt: skip
-        datasets.report_bad(dataset)
-        writer.after_epoch(epoch, model, optimizer, step.scaler)
-        run_log.write({"train_lr": stats["lr"], "train_loss": stats["loss"], "epoch": epoch})
+    with Saver(env, args, model, optimizer, step.scaler, milestones=20) as saver:
+        start = saver.resume()
+        run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)
+        if start.epoch >= args.epochs:
+            log.warning(f"nothing left to train: epoch {start.epoch} of --epochs {args.epochs}")
+        for epoch in range(start.epoch, args.epochs):
+            done = start.part_of(epoch)
+            sampler.set_epoch(epoch, done.iteration)
+            stats = train_one_epoch(
+                ddp_model, train_loader, step, schedule, epoch,
+                mask_ratio=args.mask_ratio, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
+                done=done, saver=saver,
+            )  # fmt: skip
+            datasets.report_bad(dataset)
+            run_log.write({"train_lr": stats["lr"], "train_loss": stats["loss"], "epoch": epoch})
+            saver.after_epoch(epoch)
     run_log.close()
     shutdown()
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 import models_mae
 from demo.make_digits import write_digits
-from util import checkpoint, rng
+from util import checkpoint, rng, saving
 from util.datasets import Images, list_classes
 from util.dist import Dist
 from util.knn import knn_accuracy, mean_features
@@ -37,6 +38,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"epochs of pretraining (default: {EPOCHS})")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, order and masks (default: 0)")
     args = parser.parse_args()
+    for name in ("pretrain", "probe_untrained", "probe_trained"):  # of an earlier demo
+        shutil.rmtree(args.output / name, ignore_errors=True)
     out, data = args.output, args.output / "digits"
     write_digits(data)
     n_val = sum(1 for _ in (data / "val").rglob("*.png"))
@@ -76,13 +79,12 @@ def write_untrained(path: Path, seed: int) -> Path:
     """A checkpoint of the model that pretraining with this seed starts from."""
     rng.seed_init(seed)
     model = models_mae.MODELS[f"mae_vit_{MODEL}"](img_size=SIDE)
-    checkpoint.save(path, {"model": model.state_dict()})
+    saving.save(path, {"model": model.state_dict()})
     return path
 
 
 def probe(weights: Path, data: Path, out: Path) -> float:
     """Accuracy (%) of main_linprobe.py on frozen features of `weights`, after its last epoch."""
-    (out / "log.txt").unlink(missing_ok=True)
     script(
         "main_linprobe.py", "--data_path", data, "--finetune", weights, "--output_dir", out, "--log_dir", out,
         f"--model vit_{MODEL} --input_size {SIDE} --nb_classes 10 --amp off --global_pool --save_every 20",

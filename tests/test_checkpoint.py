@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, found by number, loaded as data and never as code, and fitted to a classifier."""
+"""Checkpoints: loaded as data and never as code, and fitted to a classifier."""
 
 import argparse
 import io
@@ -16,13 +16,10 @@ from torch import nn
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util import checkpoint
-from util.checkpoint import Writer, load_full_mae, load_pretrained, newest, resume, resume_for_eval, save
-from util.dist import Dist
+from util.checkpoint import load_full_mae, load_pretrained, resume_for_eval
 from util.errors import UserError
-from util.log import NonFiniteLossError
 
 WIDTH = 16
-ENV = Dist(torch.device("cpu"))
 mae = partial(
     MaskedAutoencoderViT, patch_size=4, embed_dim=WIDTH, depth=2, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
     decoder_num_heads=2,
@@ -33,81 +30,6 @@ vit = partial(VisionTransformer, patch_size=4, embed_dim=WIDTH, depth=2, num_hea
 def saved(path: Path, model: nn.Module, **more) -> str:
     torch.save({"model": model.state_dict(), **more}, path)
     return str(path)
-
-
-def trained(model: nn.Module, groups: int = 1) -> torch.optim.Optimizer:
-    """An optimizer with state: one step of AdamW with the parameters in `groups` groups."""
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW([{"params": params[i::groups]} for i in range(groups)], lr=0.01)
-    sum(param.square().sum() for param in params).backward()
-    optimizer.step()
-    return optimizer
-
-
-def scaler(scale: float) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=scale)
-
-
-# writing and finding
-
-
-def test_what_is_written_comes_back(tmp_path):
-    model, args = nn.Linear(3, 2), argparse.Namespace(epochs=5, input_size=(32, 64), data_path=Path("/in"), lr=None)
-    optimizer = trained(model)
-    Writer(ENV, str(tmp_path), 1, args).after_epoch(3, model, optimizer, scaler(8.0))
-    state = load(tmp_path / "checkpoint-3.pth")
-    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args"}
-    assert state["epoch"] == 3
-    # a plain dict of plain values, so that it loads without this project
-    assert state["args"] == {"epochs": 5, "input_size": (32, 64), "data_path": "/in", "lr": None}
-    assert type(state["args"]) is dict
-    assert_same(dict(state["model"]), dict(model.state_dict()))
-    assert_same(state["optimizer"], optimizer.state_dict())
-    assert state["scaler"]["scale"] == 8.0
-    assert_same(checkpoint.load(tmp_path / "checkpoint-3.pth"), state)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3.pth"]  # no temporary file stays
-
-
-@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (20, [0, 5])])
-def test_writer_keeps_its_period_and_the_last_epoch(every, expected, tmp_path):
-    model = nn.Linear(3, 2)
-    writer = Writer(ENV, str(tmp_path), every, argparse.Namespace(epochs=6))
-    for epoch in range(6):
-        writer.after_epoch(epoch, model, trained(model), scaler(1.0))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{epoch}.pth" for epoch in expected]
-
-
-@pytest.mark.parametrize(("rank", "folder"), [(1, "out"), (0, "")])
-def test_only_rank_0_writes_and_only_into_a_folder(rank, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = nn.Linear(3, 2)
-    env = Dist(torch.device("cpu"), rank=rank, world_size=2)
-    Writer(env, folder, 1, argparse.Namespace(epochs=1)).after_epoch(0, model, trained(model), scaler(1.0))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint-0.pth"
-    save(path, {"model": {}, "epoch": 0})
-    before = path.read_bytes()
-
-    def half(state, file):
-        file.write(b"half of it")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space"):
-        save(path, {"model": {}, "epoch": 1})
-    assert path.read_bytes() == before
-    assert newest(tmp_path) == path  # what is left of the other is not taken for a checkpoint
-
-
-def test_newest_goes_by_number_and_ignores_strangers(tmp_path):
-    assert newest(tmp_path) is None and newest(tmp_path / "nowhere") is None
-    strangers = ["checkpoint-best.pth", "checkpoint-99.tmp", "checkpoint-77.pth.bak", "my-checkpoint-88.pth"]
-    for name in [*strangers, "checkpoint-9.pth", "checkpoint-10.pth", "checkpoint-2.pth"]:
-        (tmp_path / name).touch()
-    assert newest(tmp_path) == newest(str(tmp_path)) == tmp_path / "checkpoint-10.pth"
 
 
 # loading what may come from anywhere
@@ -375,87 +297,20 @@ def test_other_mae_is_refused_without_advice_on_decoders(tmp_path):
     assert "_full" not in error.value.message
 
 
-# resuming
+# evaluation
 
 
-def test_resuming_restores_everything_and_returns_the_next_epoch(tmp_path):
-    model = nn.Linear(3, 2)
-    optimizer = trained(model)
-    path = saved(tmp_path / "c.pth", model, optimizer=optimizer.state_dict(), epoch=7, scaler=scaler(32.0).state_dict())
-    other = nn.Linear(3, 2)
-    other_optimizer, other_scaler = torch.optim.AdamW(other.parameters(), lr=5.0), scaler(2.0)
-    assert resume(path, other, other_optimizer, other_scaler) == 8
-    assert_same(dict(other.state_dict()), dict(model.state_dict()))
-    assert_same(other_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
-    assert other_optimizer.param_groups[0]["lr"] == 5.0, "options are those of the run that goes on"
-    assert other_scaler.get_scale() == 32.0
+def test_evaluation_loads_the_model_alone_and_needs_a_checkpoint(tmp_path):
+    source, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    resume_for_eval(saved(tmp_path / "c.pth", source, optimizer={}, epoch=7), model)
+    assert_same(dict(model.state_dict()), dict(source.state_dict()))
+    with pytest.raises(UserError, match="--resume"):
+        resume_for_eval("", model)
 
 
-def test_resuming_without_optimizer_loads_the_model_and_returns_0(tmp_path):
-    model = nn.Linear(3, 2)
-    whole = saved(tmp_path / "a.pth", model, optimizer=trained(model).state_dict(), epoch=7)
-    released = saved(tmp_path / "b.pth", model)
-    for path, optimizer in ((whole, False), (released, True)):
-        other = nn.Linear(3, 2)
-        given = torch.optim.AdamW(other.parameters()) if optimizer else None
-        assert resume(path, other, given) == 0
-        saved_model = load(path)["model"]
-        assert_same(dict(other.state_dict()), dict(saved_model))
-
-
-def test_optimizer_of_other_groups_is_refused(tmp_path):
-    model = nn.Linear(3, 2)
-    path = saved(tmp_path / "c.pth", model, optimizer=trained(model, groups=2).state_dict(), epoch=7)
-    with pytest.raises(UserError, match="other parameter groups") as error:
-        resume(path, model, trained(model))
-    assert path in error.value.message and "--layer_decay" in error.value.message
-
-
-def test_resuming_another_model_is_refused_naming_the_keys(tmp_path):
+def test_loading_another_model_is_refused_naming_the_keys(tmp_path):
     path = saved(tmp_path / "c.pth", nn.Linear(3, 2, bias=False))
     with pytest.raises(UserError, match="bias"):
-        resume(path, nn.Linear(3, 2))
+        resume_for_eval(path, nn.Linear(3, 2))
     with pytest.raises(UserError, match=r"weight \(2, 3\), here \(4, 3\)"):
-        resume(path, nn.Linear(3, 4, bias=False))
-
-
-def test_evaluation_needs_a_checkpoint():
-    with pytest.raises(UserError, match="--resume"):
-        resume_for_eval("", nn.Linear(3, 2))
-
-
-def test_optimizer_state_of_the_original_code_goes_on_in_a_fused_optimizer_under_loss_scaling(tmp_path):
-    """Its groups know no `fused`; taken over as they are, they leave an optimizer that loss scaling cannot use."""
-    model = nn.Linear(3, 2)
-    old = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01, foreach=False)
-    model(torch.ones(1, 3)).sum().backward()
-    old.step()
-    state = old.state_dict()
-    state["param_groups"] = [
-        {key: group[key] for key in ("params", "lr", "betas", "eps")} for group in state["param_groups"]
-    ]
-    path = saved(tmp_path / "old.pth", model, optimizer=state, epoch=3)
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3, fused=True)
-    assert resume(path, model, optimizer) == 4
-    (group,) = optimizer.param_groups
-    assert group["fused"] and group["weight_decay"] == 0.3, "what the run asks for has its effect"
-    assert_same(optimizer.state[model.weight]["exp_avg"], old.state[model.weight]["exp_avg"])
-    loss_scaler = torch.amp.GradScaler("cpu")
-    loss_scaler.scale(model(torch.ones(1, 3)).sum()).backward()
-    loss_scaler.step(optimizer)
-    loss_scaler.update()
-    assert optimizer.state[model.weight]["step"] == 2
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    """The last update of an epoch may break what no loss has seen."""
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    writer = Writer(ENV, str(tmp_path), 1, argparse.Namespace(epochs=2))
-    writer.after_epoch(0, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    with torch.no_grad():
-        model.bias[1] = torch.inf
-    with pytest.raises(NonFiniteLossError, match="epoch 1"):
-        writer.after_epoch(1, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0.pth"]
+        resume_for_eval(path, nn.Linear(3, 4, bias=False))

@@ -80,6 +80,10 @@ NEW = {
     "hflip": (0.5, ABSENT, 0.5),
     "skip_bad_images": (False, False, False),
     "save_every": (20, 1, 1),  # epochs between checkpoints, which were fixed in the original
+    "save_minutes": (30.0,) * 3,
+    "keep_last": (None,) * 3,
+    "async_save": ("auto",) * 3,
+    "dist_timeout": (10.0,) * 3,
 }  # fmt: skip
 DEFAULTS |= NEW
 SUBMISSION = {

@@ -1,89 +1,22 @@
-"""Checkpoints: write, find the newest, resume a run, start from pretrained weights.
+"""Loading checkpoints: safely, from a path or a URL; to evaluate, to reconstruct, to start a classifier.
 
-A file is a dict: `model` (state dict), and in training checkpoints `optimizer`, `epoch`, `scaler`, `args` (a plain
-dict). Everything is loaded with weights_only=True: a checkpoint from elsewhere is data, never code.
+Everything is loaded with weights_only=True: a checkpoint from elsewhere is data, never code. What a file holds, and how
+it is written: util/saving.py. Resuming a run: util/resume.py.
 """
 
 import argparse
-import os
 import pickle
-import re
 from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
 from torch import nn
 
-from util.dist import Dist, sum_over_ranks
 from util.errors import UserError
-from util.log import NonFiniteLossError, log
+from util.log import log
 from util.pos_embed import interpolate_pos_embed
 
 RELEASES = "https://dl.fbaipublicfiles.com/mae/"
-
-
-class Writer:
-    """Writes `output_dir`/checkpoint-{epoch}.pth on rank 0, every `every` epochs and at the last one.
-
-    Writes nothing where `output_dir` is empty. `args` goes into each file, as a plain dict.
-    """
-
-    def __init__(self, env: Dist, output_dir: str, every: int, args: argparse.Namespace) -> None:
-        self.folder = Path(output_dir) if env.is_main and output_dir else None
-        self.every, self.last_epoch = every, args.epochs - 1
-        self.args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-    def after_epoch(
-        self, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> None:
-        """Save, if it is time. Raises NonFiniteLossError on all ranks together where a weight is NaN or infinite."""
-        if epoch % self.every and epoch != self.last_epoch:
-            return
-        check_finite(model, epoch)
-        if self.folder is None:
-            return
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "epoch": epoch,
-            "scaler": scaler.state_dict(),
-            "args": self.args,
-        }
-        save(self.folder / f"checkpoint-{epoch}.pth", state)
-
-
-def check_finite(model: nn.Module, epoch: int) -> None:
-    """Raise NonFiniteLossError unless all weights are finite: the last update may have broken what no loss has seen."""
-    finite = torch.stack([param.detach().isfinite().all() for param in model.parameters()]).all()
-    if sum_over_ranks((~finite).float()).item() > 0:
-        raise NonFiniteLossError(
-            f"weights became non-finite in the last steps of epoch {epoch}, which is not saved. Resume from the last "
-            "checkpoint with a lower --blr, a longer --warmup_epochs or --amp off"
-        )
-
-
-def save(path: Path, state: dict) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def newest(output_dir: str | Path) -> Path | None:
-    """Folder -> its checkpoint-{epoch}.pth of the highest epoch; None where there is none."""
-    found = {
-        int(match[1]): path
-        for path in Path(output_dir).glob("checkpoint-*.pth")
-        if (match := re.fullmatch(r"checkpoint-(\d+)\.pth", path.name))
-    }
-    return found[max(found)] if found else None
 
 
 def load(path_or_url: str | Path) -> dict:
@@ -127,51 +60,11 @@ def _download(url: str) -> Path:
     return path
 
 
-def resume(
-    path_or_url: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-) -> int:
-    """Load a training checkpoint into model, optimizer and scaler; return the epoch to continue with.
-
-    A file without optimizer (released weights), or a call without one (evaluation), loads the model and returns 0.
-    Raises UserError naming the keys that don't fit the model.
-    """
-    state = load(path_or_url)
-    _load_strictly(model, state["model"], path_or_url)
-    log.info(f"resumed {path_or_url}" + (f" (epoch {state['epoch']})" if "epoch" in state else ""))
-    if optimizer is None or "optimizer" not in state or "epoch" not in state:
-        return 0
-    try:
-        _load_optimizer_state(optimizer, state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"the optimizer state of {path_or_url} fits other parameter groups ({error}): resume with the options it "
-            "was trained with, such as --layer_decay"
-        ) from error
-    if scaler is not None and state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
-    return state["epoch"] + 1
-
-
-def _load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Take the moments from `saved`, and all else (weight decay, rates, kernel) from the optimizer as the run built it.
-
-    Files of the original code know nothing of fused kernels, and an option given on resuming must have its effect.
-    """
-    built = optimizer.state_dict()["param_groups"]
-    if len(built) != len(saved["param_groups"]):
-        raise ValueError(f"{len(saved['param_groups'])} groups in the file, {len(built)} here")
-    groups = [{**ours, "params": theirs["params"]} for ours, theirs in zip(built, saved["param_groups"], strict=True)]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
 def resume_for_eval(path_or_url: str, model: nn.Module) -> None:
     """Load the model alone, for --eval."""
     if not path_or_url:
         raise UserError("--eval needs the classifier to evaluate: give its checkpoint with --resume")
-    resume(path_or_url, model)
+    load_strictly(model, load(path_or_url)["model"], path_or_url)
 
 
 def load_full_mae(path_or_url: str, model: nn.Module) -> None:
@@ -186,10 +79,11 @@ def load_full_mae(path_or_url: str, model: nn.Module) -> None:
             f"{', '.join(missing[:3])}. Use a file with a decoder: {RELEASES}pretrain/mae_pretrain_vit_*_full.pth "
             f"(normalised pixels) or {RELEASES}visualize/mae_visualize_vit_*.pth (pixels)"
         )
-    _load_strictly(model, state_dict, path_or_url)
+    load_strictly(model, state_dict, path_or_url)
 
 
-def _load_strictly(model: nn.Module, state_dict: dict[str, torch.Tensor], name: str | Path) -> None:
+def load_strictly(model: nn.Module, state_dict: dict[str, torch.Tensor], name: str | Path) -> None:
+    """Load a state dict that fits the model exactly. Raises UserError naming what does not."""
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     other_shape = [
@@ -230,7 +124,7 @@ def load_pretrained(path_or_url: str, model: nn.Module) -> None:
     except RuntimeError as error:
         raise UserError(f"the positions of {path_or_url} have another width than --model: {error}") from error
     may_be_missing = {name for name in own if name.startswith(("head.", "fc_norm."))}
-    _load_strictly(model, {**{name: own[name] for name in may_be_missing}, **state_dict}, path_or_url)
+    load_strictly(model, {**{name: own[name] for name in may_be_missing}, **state_dict}, path_or_url)
     new = sorted(may_be_missing - state_dict.keys())
     log.info(f"loaded pretrained weights from {path_or_url}" + (f"; new: {', '.join(new)}" if new else ""))
 

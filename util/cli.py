@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from util.dist import shutdown
 from util.errors import UserError
 from util.log import log
+from util.signals import Stopped
 
 
 class _Help(argparse.HelpFormatter):
@@ -31,11 +33,18 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call `main(args)`; a UserError ends the process with its message alone and exit code 2."""
+    """Call `main(args)`; a UserError ends the process with its message alone and exit code 2.
+
+    After a signal it ends with 75 where the state is saved, else with 1.
+    """
     try:
         main(args)
     except UserError as error:
         fail(error)
+    except Stopped as stopped:
+        log.info(str(stopped))
+        shutdown()
+        sys.exit(stopped.exit_code)
 
 
 def fail(error: UserError) -> NoReturn:
@@ -220,9 +229,18 @@ def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None
     add("--log_dir", default="./output_dir", metavar="FOLDER", help="for TensorBoard; '' writes none")
     add("--save_every", default=save_every, type=positive, metavar="EPOCHS",
         help="epochs between checkpoints; the last is always saved")  # fmt: skip
-    add("--resume", default="", metavar="FILE", help="checkpoint to continue: a path or an https URL")
+    add("--save_minutes", default=30.0, type=above_zero, metavar="MINUTES",
+        help="minutes after which a state within an epoch is saved too, in files that newer ones replace")  # fmt: skip
+    add("--keep_last", default=None, type=positive, metavar="K",
+        help="checkpoints to keep, beside the best and in pretraining every 20th epoch; none keeps all")  # fmt: skip
+    add("--async_save", default="auto", choices=["auto", "on", "off"],
+        help="write checkpoints beside training, from a copy in main memory; auto: with CUDA")  # fmt: skip
+    add("--resume", default="", metavar="FILE",
+        help="checkpoint to continue: path, https URL, or auto: the newest in output_dir if there is one")  # fmt: skip
     add("--start_epoch", default=0, type=count, metavar="N", help="first epoch, where --resume does not tell it")
     add("--device", default="auto", help="auto (the best of cuda, mps, cpu), cuda, mps or cpu")
+    add("--dist_timeout", default=10.0, type=above_zero, metavar="MINUTES",
+        help="minutes that a process waits for the others before it takes them for dead")  # fmt: skip
     add("--dist_url", default="env://", help="where processes meet; env:// takes the launcher's environment")
     add("--world_size", default=1, type=int, help="accepted for old command lines; the launcher decides")
     add("--local_rank", default=-1, type=int, help="accepted for old command lines; the launcher decides")

@@ -174,17 +174,18 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
                 f"{n_images} training images do not fill one step of {effective_batch} (batch_size {batch_size} x "
                 f"accum_iter {accum_iter} x {env.world_size} processes): lower --batch_size"
             )
-        self.epoch = 0
+        self.epoch = self.first = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next pass over the sampler belongs to."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch that the next pass over the sampler belongs to, and the batch that it starts at."""
+        self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the pass starts."""
         return self.n_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = rng.image_order(self.seed, self.epoch, self.n_images)
-        for i in range(self.n_batches):
+        for i in range(self.first, self.n_batches):
             first = (i * self.env.world_size + self.env.rank) * self.batch_size
             yield [(self.epoch, index) for index in order[first : first + self.batch_size]]

@@ -3,7 +3,10 @@
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed
@@ -28,10 +31,11 @@ class Dist:
         return self.rank == 0
 
 
-def init_distributed(device: str = "auto", dist_url: str = "env://") -> Dist:
+def init_distributed(device: str = "auto", dist_url: str = "env://", timeout_minutes: float = 10) -> Dist:
     """Join the group that the launcher describes, or stand alone where there is none.
 
-    `device`: auto (cuda, then mps, then cpu), cuda, mps or cpu. Raises UserError where the device is not there.
+    `device`: auto (cuda, then mps, then cpu), cuda, mps or cpu. A process waits for the others for `timeout_minutes` at
+    most, then it fails. Raises UserError where the device is not there.
     """
     launch = _launched_by_torchrun() or _launched_by_srun() or _launched_by_mpirun(dist_url)
     if launch is None:
@@ -48,6 +52,7 @@ def init_distributed(device: str = "auto", dist_url: str = "env://") -> Dist:
         init_method=dist_url,
         rank=rank,
         world_size=world_size,
+        timeout=timedelta(minutes=timeout_minutes),
         device_id=place if place.type == "cuda" else None,
     )
     return Dist(place, rank, local_rank, world_size, local_world_size)
@@ -151,6 +156,23 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """[...] -> [...]: the mean over all processes, in place."""
     world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return sum_over_ranks(tensor).div_(world_size)
+
+
+def on_main(env: Dist, action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0, on all ranks; a UserError or OSError that it raises there is raised on all."""
+    result = error = None
+    if env.is_main:
+        try:
+            result = action()
+        except (UserError, OSError) as caught:
+            error = caught
+    if torch.distributed.is_initialized():
+        shared = [result, error]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        result, error = shared
+    if error is not None:
+        raise error
+    return result
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from util.datasets import Images, TrainSampler
 from util.dist import Dist, available_cores
 from util.gpu_decode import EncodedImages, check_gpu_decode
 from util.log import log
+from util.signals import leave_signals_to_the_trainer
 
 
 def normalise(pixels: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
@@ -83,6 +84,7 @@ def train_loader(
         encoded or dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=pin_mem and device.type == "cuda" and encoded is None,  # nvJPEG reads ordinary memory
         persistent_workers=num_workers > 0,
         collate_fn=list if encoded else None,
@@ -100,6 +102,7 @@ def eval_loader(
         sampler=indices,
         batch_size=batch_size,
         num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=pin_mem and env.device.type == "cuda",
         persistent_workers=num_workers > 0 and len(indices) > 0,
     )

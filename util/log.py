@@ -7,8 +7,8 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,17 +50,34 @@ def setup_logging(env: Dist, output_dir: str) -> None:
 
 
 class RunLog:
-    """log.txt (a JSON object a line) in `output_dir`, and TensorBoard in `log_dir`; on rank 0, where each is given."""
+    """log.txt (a JSON object a line) in `output_dir`, and TensorBoard in `log_dir`; on rank 0, where each is given.
 
-    def __init__(self, env: Dist, output_dir: str, log_dir: str) -> None:
+    A run that starts at `start_epoch` takes out the lines of epochs that it does again. A full or vanished disk stops
+    no training: lines wait for the next epoch, and curves end, with an error in the log.
+    """
+
+    def __init__(self, env: Dist, output_dir: str, log_dir: str, start_epoch: int = 0) -> None:
         self.path = Path(output_dir) / "log.txt" if env.is_main and output_dir else None
         self.writer = SummaryWriter(log_dir) if env.is_main and log_dir else None
+        self.waiting = ""
+        if self.path and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _epoch_of(line) < start_epoch]
+            if kept != lines:
+                temporary = self.path.with_suffix(".tmp")
+                temporary.write_text("".join(kept))
+                temporary.replace(self.path)
 
     def write(self, stats: dict[str, float]) -> None:
         """Append one line to log.txt."""
         if self.path:
-            with self.path.open("a") as file:
-                file.write(json.dumps(stats) + "\n")
+            self.waiting += json.dumps(stats) + "\n"
+            try:
+                with self.path.open("a") as file:
+                    file.write(self.waiting)
+                self.waiting = ""
+            except OSError as error:
+                log.error(f"{self.path} CANNOT BE WRITTEN ({error}): the next epoch will try again")
 
     def classifier_epoch(
         self, epoch: int, train_stats: dict[str, float], test_stats: dict[str, float], n_parameters: int
@@ -75,12 +92,35 @@ class RunLog:
     def scalar(self, tag: str, value: float, x: int) -> None:
         """One point of a TensorBoard curve."""
         if self.writer:
-            self.writer.add_scalar(tag, value, x)
+            self._try(lambda: self.writer.add_scalar(tag, value, x))
 
     def close(self) -> None:
         """Write what is buffered."""
         if self.writer:
-            self.writer.close()
+            self._try(self.writer.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            log.error(f"TensorBoard's files CANNOT BE WRITTEN ({error}): the curves end here")
+            self.writer = None
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # half a line, of a process that was killed
+
+
+@dataclass
+class Part:
+    """How much of an epoch is done: `iteration` batches, and the sums and counts that its means are made of."""
+
+    iteration: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,6 +144,7 @@ class Progress:
     """Iterates over a loader, keeps each step's values on the device, and reads them once every `every` steps.
 
     Between two reads the device never waits for the host. On a terminal it draws a bar; elsewhere each read is a line.
+    `done` is the part of the epoch that the loader leaves out, because an earlier process did it.
     """
 
     def __init__(
@@ -114,26 +155,29 @@ class Progress:
         env: Dist,
         reduce: bool = True,
         throughput: Throughput | None = None,
+        done: Part | None = None,
     ) -> None:
+        done = done or Part()
         self.loader, self.header, self.every, self.env, self.reduce = loader, header, every, env, reduce
         self.throughput = throughput
         self.rates: dict[str, float] = {}  # of the steps of the last read
         self.total = len(loader)
         self.pending: list[tuple[int, dict[str, float], torch.Tensor]] = []
         self.windows: dict[str, deque[float]] = {}
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+        self.first, self.sums, self.counts = done.iteration, dict(done.sums), dict(done.counts)
+        self.read_to = self.first  # batches of the epoch that sums and counts hold
         self.data_seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[int, object]]:
         """Yield (iteration, batch)."""
         bar_hidden = not (self.env.is_main and sys.stdout.isatty())
         self.bar = tqdm(
-            total=self.total, desc=self.header, disable=bar_hidden, dynamic_ncols=True, leave=False, file=sys.stdout
-        )
+            total=self.total, desc=self.header, disable=bar_hidden, dynamic_ncols=True, leave=False, file=sys.stdout,
+            initial=self.first,
+        )  # fmt: skip
         self.start = self.last_read = time.perf_counter()
         waiting_since = self.start
-        for iteration, batch in enumerate(self.loader):
+        for iteration, batch in enumerate(self.loader, self.first):
             self.data_seconds += time.perf_counter() - waiting_since
             yield iteration, batch
             self.bar.update()
@@ -141,7 +185,7 @@ class Progress:
         self.bar.close()
         elapsed = time.perf_counter() - self.start
         total = timedelta(seconds=int(elapsed))
-        log.info(f"{self.header} Total time: {total} ({elapsed / max(self.total, 1):.4f} s / it)")
+        log.info(f"{self.header} Total time: {total} ({elapsed / max(self.total - self.first, 1):.4f} s / it)")
 
     def add(self, iteration: int, loss: torch.Tensor, **values: float) -> None:
         """Note one step: its loss, left on the device, and numbers that the host already knows."""
@@ -169,9 +213,14 @@ class Progress:
                 self.windows.setdefault(name, deque(maxlen=20)).append(value)
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
+        self.read_to = steps[-1][0] + 1
         self._check_finite(steps)
         self._log_line(steps[-1][0], len(steps))
         return steps
+
+    def part(self) -> Part:
+        """What is done of the epoch, up to the last read."""
+        return Part(self.read_to, dict(self.sums), dict(self.counts))
 
     def averages(self) -> dict[str, float]:
         """Name -> mean over all steps read so far."""
@@ -192,7 +241,7 @@ class Progress:
         step_seconds = (now - self.last_read) / n_steps
         data_seconds = self.data_seconds / n_steps
         self.last_read, self.data_seconds = now, 0.0
-        eta = timedelta(seconds=int((now - self.start) / (iteration + 1) * (self.total - iteration - 1)))
+        eta = timedelta(seconds=int((now - self.start) / (iteration + 1 - self.first) * (self.total - iteration - 1)))
         parts = [f"{self.header}  [{iteration:>{len(str(self.total))}}/{self.total}]", f"eta: {eta}"]
         for name, window in self.windows.items():
             if name == "loss":

@@ -2,15 +2,21 @@
 
 import argparse
 import os
+import signal
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
-from util import checkpoint, cli
+from util import cli, resume
 from util.errors import UserError
+from util.log import log
+from util.signals import Stopped
 
 MEM_GB_PER_GPU = 40
 CPUS_PER_TASK = 10
 SIGNAL_SECONDS = 120  # between the warning of preemption or time limit, and the kill
+REQUEUE_SECONDS = 30  # for SLURM to requeue the job, which ends all of its tasks
 
 
 class Job:
@@ -28,10 +34,18 @@ class Job:
         args = argparse.Namespace(**vars(self.args))
         args.output_dir = args.log_dir = str(folder)
         # a job that SLURM requeued, after preemption, time limit or a node's failure, finds what it has saved
-        newest = checkpoint.newest(folder)
-        if newest and not getattr(args, "eval", False):
-            args.resume = str(newest)
-        self.script.main(args)
+        if not getattr(args, "eval", False) and (resume.checkpoints(folder) or not args.resume):
+            args.resume = "auto"
+        warnings = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}  # submitit's
+        try:
+            self.script.main(args)
+        except Stopped as stopped:
+            log.info(str(stopped))
+            for number in stopped.signals & warnings.keys():
+                if callable(warnings[number]):
+                    warnings[number](number, None)  # on rank 0 it asks for a requeue and leaves
+                    time.sleep(REQUEUE_SECONDS)  # the end of another task could kill rank 0 before it has asked
+            sys.exit(stopped.exit_code)
 
     def checkpoint(self):
         """Called by submitit at SLURM's warning signal: asks for a requeue of the same job."""

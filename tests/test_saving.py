@@ -1,0 +1,591 @@
+"""Saving and resuming: whole files or none, the newest valid one, what is kept, and going on within an epoch."""
+
+import argparse
+import json
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_same, load, project_log
+from test_scripts import CLASSIFY, FINETUNE, LINPROBE, PRETRAIN, images, log_txt, train  # noqa: F401
+from torch import nn
+
+import main_pretrain
+from util import checkpoint, saving
+from util.dist import Dist
+from util.errors import UserError
+from util.log import NonFiniteLossError, Part, RunLog
+from util.resume import Start, checkpoints, newest, refuse_second_run, resume
+from util.saving import Saver, save
+from util.signals import Stopped
+
+ENV = Dist(torch.device("cpu"))
+OPTIONS = {
+    "epochs": 6, "save_every": 1, "save_minutes": None, "keep_last": None, "async_save": "off", "dist_timeout": 10.0,
+    "resume": "", "start_epoch": 0, "batch_size": 4, "accum_iter": 1, "input_size": 32,
+}  # fmt: skip
+
+
+def options(folder: Path | str, **more) -> argparse.Namespace:
+    return argparse.Namespace(**{**OPTIONS, "output_dir": str(folder), **more})
+
+
+def trained(model: nn.Module, groups: int = 1) -> torch.optim.Optimizer:
+    """An optimizer with state: one step of AdamW with the parameters in `groups` groups."""
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": params[i::groups]} for i in range(groups)], lr=0.01)
+    sum(param.square().sum() for param in params).backward()
+    optimizer.step()
+    return optimizer
+
+
+def scaler(scale: float = 1.0) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale)
+
+
+def saver(folder: Path | str, env: Dist = ENV, milestones: int | None = None, **more) -> Saver:
+    model = nn.Linear(3, 2)
+    return Saver(env, options(folder, **more), model, trained(model), scaler(8.0), milestones)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def empty(folder: Path, *files: str) -> None:
+    for name in files:
+        save(folder / name, {"model": {}})
+
+
+class Read:
+    """A Progress that has read `iteration` batches."""
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def part(self) -> Part:
+        return Part(self.iteration, {"loss": 1.5}, {"loss": self.iteration})
+
+
+# writing
+
+
+def test_what_is_written_comes_back(tmp_path):
+    one = saver(tmp_path, input_size=(32, 64), data_path=Path("/in"), lr=None)
+    one.after_epoch(3)
+    state = load(tmp_path / "checkpoint-3.pth")
+    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "world_size"}
+    assert state["epoch"] == 3 and state["world_size"] == 1
+    # a plain dict of plain values, so that it loads without this project
+    expected = {**OPTIONS, "output_dir": str(tmp_path), "input_size": (32, 64), "data_path": "/in", "lr": None}
+    assert state["args"] == expected and type(state["args"]) is dict
+    assert_same(dict(state["model"]), dict(one.model.state_dict()))
+    assert_same(state["optimizer"], one.optimizer.state_dict())
+    assert state["scaler"]["scale"] == 8.0
+    assert_same(checkpoint.load(tmp_path / "checkpoint-3.pth"), state)
+    assert names(tmp_path) == ["checkpoint-3.pth"]  # no temporary file stays
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (20, [0, 5])])
+def test_saver_keeps_its_period_and_the_last_epoch(every, expected, tmp_path):
+    one = saver(tmp_path, save_every=every)
+    for epoch in range(6):
+        one.after_epoch(epoch)
+    assert names(tmp_path) == [f"checkpoint-{epoch}.pth" for epoch in expected]
+
+
+@pytest.mark.parametrize(("rank", "folder"), [(1, "out"), (0, "")])
+def test_only_rank_0_writes_and_only_into_a_folder(rank, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = saver(folder, Dist(torch.device("cpu"), rank=rank), save_minutes=1e-9)
+    one.after_epoch(0)
+    one.begin(1, Read(2))
+    assert not one.due()
+    one.save_part()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint-0.pth"
+    save(path, {"model": {}, "epoch": 0})
+    before = path.read_bytes()
+
+    def half(state, file):
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        save(path, {"model": {}, "epoch": 1})
+    assert path.read_bytes() == before
+    assert newest(tmp_path) == path  # what is left of the other is not taken for a checkpoint
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The last update of an epoch may break what no loss has seen."""
+    one = saver(tmp_path)
+    one.after_epoch(0)
+    with torch.no_grad():
+        one.model.bias[1] = torch.inf
+    with pytest.raises(NonFiniteLossError, match="epoch 1"):
+        one.after_epoch(1)
+    assert names(tmp_path) == ["checkpoint-0.pth"]
+
+
+def test_copy_beside_training_holds_the_moment_of_the_call(tmp_path, monkeypatch):
+    """The weights change while the file is being written, and the file must not notice."""
+    one, write = saver(tmp_path, async_save="on"), saving.save
+    monkeypatch.setattr(saving, "save", lambda path, state: (time.sleep(0.3), write(path, state)))
+    start = time.monotonic()
+    for epoch in range(2):  # the copy's memory is used twice
+        before = {name: value.clone() for name, value in one.model.state_dict().items()}
+        moments = one.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+        one.after_epoch(epoch)
+        assert not (tmp_path / f"checkpoint-{epoch}.pth").exists()
+        for param in one.model.parameters():
+            param.grad = torch.ones_like(param)
+        one.optimizer.step()
+        one._wait()
+        state = load(tmp_path / f"checkpoint-{epoch}.pth")
+        assert_same(dict(state["model"]), before)
+        assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], moments)
+        assert not torch.equal(one.model.weight, before["weight"])
+    assert time.monotonic() - start > 0.6
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_pending_write_ends_before_the_next_and_at_exit(mode, tmp_path, monkeypatch):
+    write, events = saving.save, []
+
+    def slow(path, state):
+        events.append(f"start {path.stem}")
+        time.sleep(0.1)
+        write(path, state)
+        events.append(f"end {path.stem}")
+
+    monkeypatch.setattr(saving, "save", slow)
+    with saver(tmp_path, async_save=mode) as one:
+        one.after_epoch(0)
+        one.after_epoch(1)
+    assert events == [f"{what} checkpoint-{epoch}" for epoch in (0, 1) for what in ("start", "end")]
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_failed_save_is_loud_and_tried_again_at_the_next_epoch(mode, tmp_path, monkeypatch):
+    write, full = saving.save, [True]
+
+    def save_if_room(path, state):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        write(path, state)
+
+    monkeypatch.setattr(saving, "save", save_if_room)
+    one = saver(tmp_path, save_every=20, async_save=mode)
+    with project_log() as lines:
+        one.after_epoch(0)
+        one.after_epoch(1)  # not in the period, but something is owed
+        one._wait()
+        full[0] = False
+        one.after_epoch(2)
+        one.after_epoch(3)
+        one._wait()
+    assert sum("COULD NOT BE SAVED" in line and "No space left" in line for line in lines) == 2
+    assert names(tmp_path) == ["checkpoint-2.pth"]
+
+
+def test_end_of_the_run_is_tried_until_it_is_saved_or_refused(tmp_path, monkeypatch):
+    write, tries = saving.save, []
+
+    def third_time(path, state):
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(28, "No space left on device")
+        write(path, state)
+
+    monkeypatch.setattr(saving, "save", third_time)
+    monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0, 0))
+    with saver(tmp_path) as one:
+        one.after_epoch(5)
+    assert names(tmp_path) == ["checkpoint-5.pth"]
+    tries[:] = []
+    monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0,))
+    with pytest.raises(UserError, match="could not be saved"), saver(tmp_path) as one:
+        one.after_epoch(5)
+
+
+def test_write_that_stalls_costs_its_save_and_not_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "save", lambda path, state: time.sleep(0.5))
+    one = saver(tmp_path, async_save="on", dist_timeout=0.001)
+    with project_log() as lines:
+        one.after_epoch(0)
+        one.after_epoch(1)
+    assert any("STILL WRITING" in line for line in lines) and one.failed
+    one.writing.join()
+
+
+# what is kept
+
+
+def test_keep_last_keeps_milestones_the_best_and_the_newest(tmp_path):
+    one = saver(tmp_path, keep_last=2, epochs=100, milestones=4)
+    for epoch in range(11):
+        one.after_epoch(epoch, accuracy=90.0 if epoch == 5 else 10.0 + epoch)
+    assert names(tmp_path) == sorted(
+        [f"checkpoint-{epoch}.pth" for epoch in (0, 4, 5, 8, 9, 10)] + ["checkpoint-best.pth"]
+    )
+    assert os.readlink(tmp_path / "checkpoint-best.pth") == "checkpoint-5.pth"
+    assert load(tmp_path / "checkpoint-best.pth")["epoch"] == 5
+    assert load(tmp_path / "checkpoint-10.pth")["max_accuracy"] == 90.0
+
+
+def test_without_keep_last_all_epochs_stay(tmp_path):
+    one = saver(tmp_path, epochs=100)
+    for epoch in range(6):
+        one.after_epoch(epoch)
+    assert len(names(tmp_path)) == 6
+
+
+def test_partial_files_are_replaced_but_two_files_always_stay(tmp_path):
+    one = saver(tmp_path, keep_last=1)
+    for epoch, iteration in ((0, 2), (0, 4), (0, 6)):
+        one.begin(epoch, Read(iteration))
+        one.save_part()
+    assert names(tmp_path) == ["partial-0-4.pth", "partial-0-6.pth"]
+    one.after_epoch(0)
+    assert names(tmp_path) == ["checkpoint-0.pth", "partial-0-6.pth"]
+    one.after_epoch(1)
+    assert names(tmp_path) == ["checkpoint-0.pth", "checkpoint-1.pth"]
+    one.begin(2, Read(2))
+    one.save_part()
+    assert names(tmp_path) == ["checkpoint-1.pth", "partial-2-2.pth"]
+
+
+def test_going_back_by_hand_removes_nothing_newer_and_says_so(tmp_path):
+    one = saver(tmp_path, keep_last=1)
+    for epoch in range(4):
+        one.after_epoch(epoch)
+    empty(tmp_path, "checkpoint-0.pth")
+    before = names(tmp_path)
+    with project_log() as lines:
+        resumed(tmp_path, resume=str(tmp_path / "checkpoint-2.pth"))
+    assert any("1 newer checkpoints, up to checkpoint-3.pth" in line for line in lines)
+    again = saver(tmp_path, keep_last=1)
+    again.begin(3, Read(1))
+    again.save_part()
+    assert set(before) - {"checkpoint-0.pth"} <= set(names(tmp_path))
+
+
+def test_saves_come_after_minutes(tmp_path):
+    one = saver(tmp_path, save_minutes=0.15 / 60)
+    one.begin(0, Read(1))
+    assert not one.due()
+    time.sleep(0.2)
+    assert one.due()
+    one.save_part()
+    assert not one.due()
+    state = load(tmp_path / "partial-0-1.pth")
+    assert state["iteration"] == 1 and state["epoch"] == 0
+    assert state["progress"] == {"sums": {"loss": 1.5}, "counts": {"loss": 1}}
+
+
+def test_half_written_files_of_a_killed_process_are_cleared(tmp_path):
+    for name in ("checkpoint-7.tmp", "partial-7-3.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    saver(tmp_path)
+    assert names(tmp_path) == ["notes.tmp"]
+
+
+def test_disk_without_room_for_a_checkpoint_is_refused_and_a_small_one_is_named(tmp_path, monkeypatch):
+    free = [90]  # 8 numbers of 4 bytes, three times, are 96
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: argparse.Namespace(free=free[0]))
+    with pytest.raises(UserError, match="0.0 GB free"):
+        saver(tmp_path)
+    free[0] = 300
+    with project_log() as lines:
+        saver(tmp_path)
+    assert any("make room, or see --keep_last" in line for line in lines)
+    free[0] = 1000
+    with project_log() as lines:
+        saver(tmp_path)
+    assert not lines
+
+
+# finding
+
+
+def test_newest_goes_by_position_and_ignores_strangers(tmp_path):
+    assert newest(tmp_path) is None and newest(tmp_path / "nowhere") is None
+    strangers = ["checkpoint-best.pth", "checkpoint-99.tmp", "checkpoint-77.pth.bak", "my-checkpoint-88.pth"]
+    empty(tmp_path, *strangers, "checkpoint-9.pth", "checkpoint-10.pth", "checkpoint-2.pth")
+    assert newest(tmp_path) == newest(str(tmp_path)) == tmp_path / "checkpoint-10.pth"
+    empty(tmp_path, "partial-10-999.pth")  # of the epoch that has ended
+    assert newest(tmp_path) == tmp_path / "checkpoint-10.pth"
+    empty(tmp_path, "partial-11-20.pth", "partial-11-100.pth")
+    assert newest(tmp_path) == tmp_path / "partial-11-100.pth"
+    os.utime(tmp_path / "checkpoint-2.pth")  # dates don't count
+    assert newest(tmp_path) == tmp_path / "partial-11-100.pth"
+
+
+def flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "zero bytes": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "text": lambda path: path.write_text("hello"),
+    # torch's own reader would take this one
+    "one bit in the weights": lambda path: flip(path, path.read_bytes().index(torch.full((4,), 7.0).numpy().tobytes())),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_newest_falls_back_to_the_one_before_it_and_says_so(name, tmp_path):
+    for epoch in (1, 2):
+        save(tmp_path / f"checkpoint-{epoch}.pth", {"model": {"weight": torch.full((100,), 7.0)}})
+    DAMAGE[name](tmp_path / "checkpoint-2.pth")
+    with project_log() as lines:
+        assert newest(tmp_path) == tmp_path / "checkpoint-1.pth"
+    (line,) = lines
+    assert "DAMAGED" in line and "checkpoint-2.pth" in line
+    DAMAGE[name](tmp_path / "checkpoint-1.pth")
+    with pytest.raises(UserError, match="all 2 checkpoints"):
+        newest(tmp_path)
+
+
+def test_checkpoint_that_cannot_be_read_is_no_damaged_one(tmp_path):
+    """On a disk that fails for a while, going back would throw away good work."""
+    empty(tmp_path, "checkpoint-1.pth")
+    (tmp_path / "checkpoint-2.pth").symlink_to(tmp_path / "checkpoint-2.pth")  # opening it fails, even for root
+    with pytest.raises(UserError, match="cannot be read"):
+        newest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-0.pth", "partial-0-20.pth", "log.txt"])
+def test_second_run_into_a_folder_is_refused(name, tmp_path):
+    (tmp_path / "train.log").touch()
+    refuse_second_run(ENV, str(tmp_path), "")
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name}.*--resume auto"):
+        refuse_second_run(ENV, str(tmp_path), "")
+    refuse_second_run(ENV, str(tmp_path), "auto")
+    refuse_second_run(ENV, "", "")
+
+
+# resuming
+
+
+def resumed(folder: Path | str, model: nn.Module | None = None, optimizer=None, env: Dist = ENV, **more) -> Start:
+    model = model or nn.Linear(3, 2)
+    return resume(env, options(folder, **more), model, optimizer or trained(model), scaler())
+
+
+def written(path: Path, model: nn.Module, **more) -> str:
+    torch.save({"model": model.state_dict(), **more}, path)
+    return str(path)
+
+
+def test_resuming_restores_everything_and_returns_the_next_epoch(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = trained(model)
+    path = written(
+        tmp_path / "c.pth", model, optimizer=optimizer.state_dict(), epoch=7, scaler=scaler(32.0).state_dict()
+    )
+    other, other_scaler = nn.Linear(3, 2), scaler(2.0)
+    other_optimizer = torch.optim.AdamW(other.parameters(), weight_decay=0.3)
+    assert resume(ENV, options(tmp_path, resume=path), other, other_optimizer, other_scaler) == Start(8)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+    assert_same(other_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
+    assert other_optimizer.param_groups[0]["weight_decay"] == 0.3, "options are those of the run that goes on"
+    assert other_scaler.get_scale() == 32.0
+
+
+def test_resuming_released_weights_loads_the_model_and_starts_at_0(tmp_path):
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert resumed(tmp_path, other, resume=written(tmp_path / "b.pth", model)) == Start(0)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_auto_takes_the_newest_or_starts_afresh(tmp_path):
+    assert resumed(tmp_path, resume="auto", start_epoch=3) == Start(3)
+    assert resumed("", resume="auto") == Start(0)
+    one = saver(tmp_path)
+    one.after_epoch(1, accuracy=50.0)
+    one.begin(2, Read(6))
+    one.save_part()
+    start = resumed(tmp_path, resume="auto")
+    assert start == Start(2, Part(6, {"loss": 1.5}, {"loss": 6.0}), 50.0, (50.0, 1))
+    assert start.part_of(2).iteration == 6 and start.part_of(3) == Part()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accum_iter", "world_size", "iteration"),
+    [(4, 2, 1, 6), (8, 1, 1, 3), (1, 4, 2, 12), (2, 2, 2, 6), (4, 4, 1, 4), (2, 1, 1, 12)],
+)
+def test_position_is_kept_when_the_batch_is_cut_otherwise(batch_size, accum_iter, world_size, iteration, tmp_path):
+    """6 batches of 4 are done, 2 a step: 24 images. The last two cases change the effective batch."""
+    one = saver(tmp_path, accum_iter=2)
+    one.begin(2, Read(6))
+    one.save_part()
+    cut = {"batch_size": batch_size, "accum_iter": accum_iter}
+    with project_log() as lines:
+        start = resumed(tmp_path, env=Dist(torch.device("cpu"), world_size=world_size), resume="auto", **cut)
+    assert start.part.iteration == iteration
+    assert start.part.sums["loss"] / start.part.counts["loss"] == pytest.approx(1.5 / 6)
+    kept = batch_size * accum_iter * world_size == 8
+    assert any("effective batch" in line for line in lines) != kept
+
+
+def test_options_that_change_the_mathematics_are_named_and_others_not(tmp_path):
+    saver(tmp_path, blr=0.1, mask_ratio=0.75, num_workers=1).after_epoch(0)
+    with project_log() as lines:
+        resumed(tmp_path, resume="auto", blr=0.2, mask_ratio=0.75, num_workers=4, epochs=9)
+    (line,) = [line for line in lines if "differs" in line]
+    assert "--blr 0.2 (was 0.1)" in line and "--epochs 9 (was 6)" in line
+    assert "mask_ratio" not in line and "num_workers" not in line
+    with project_log() as lines:
+        resumed(tmp_path, resume="auto", blr=0.1, mask_ratio=0.75, num_workers=4)
+    assert not any("differs" in line for line in lines)
+
+
+def test_another_size_is_refused_even_where_it_has_as_many_patches(tmp_path):
+    saver(tmp_path, input_size=(16, 64)).after_epoch(0)
+    with pytest.raises(UserError, match=r"--input_size \(16, 64\), not 32"):
+        resumed(tmp_path, resume="auto")
+    resumed(tmp_path, resume="auto", input_size=(16, 64))
+
+
+def test_optimizer_of_other_groups_is_refused(tmp_path):
+    model = nn.Linear(3, 2)
+    path = written(tmp_path / "c.pth", model, optimizer=trained(model, groups=2).state_dict(), epoch=7)
+    with pytest.raises(UserError, match="other parameter groups") as error:
+        resumed(tmp_path, model, resume=path)
+    assert path in error.value.message and "--layer_decay" in error.value.message
+
+
+def test_resuming_another_model_is_refused_naming_the_keys(tmp_path):
+    path = written(tmp_path / "c.pth", nn.Linear(3, 2, bias=False))
+    with pytest.raises(UserError, match="bias"):
+        resumed(tmp_path, resume=path)
+
+
+def test_optimizer_state_of_the_original_code_goes_on_in_a_fused_optimizer_under_loss_scaling(tmp_path):
+    """Its groups know no `fused`; taken over as they are, they leave an optimizer that loss scaling cannot use."""
+    model = nn.Linear(3, 2)
+    old = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01, foreach=False)
+    model(torch.ones(1, 3)).sum().backward()
+    old.step()
+    state = old.state_dict()
+    state["param_groups"] = [
+        {key: group[key] for key in ("params", "lr", "betas", "eps")} for group in state["param_groups"]
+    ]
+    args = argparse.Namespace(batch_size=64, input_size=32, blr=1e-3)
+    torch.save({"model": model.state_dict(), "optimizer": state, "epoch": 3, "args": args}, tmp_path / "old.pth")
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3, fused=True)
+    assert resumed(tmp_path, model, optimizer, resume=str(tmp_path / "old.pth")) == Start(4)
+    (group,) = optimizer.param_groups
+    assert group["fused"] and group["weight_decay"] == 0.3, "what the run asks for has its effect"
+    assert_same(optimizer.state[model.weight]["exp_avg"], old.state[model.weight]["exp_avg"])
+    loss_scaler = torch.amp.GradScaler("cpu")
+    loss_scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    loss_scaler.step(optimizer)
+    loss_scaler.update()
+    assert optimizer.state[model.weight]["step"] == 2
+
+
+def test_log_txt_drops_the_epochs_that_are_done_again_and_half_a_line(tmp_path):
+    path = tmp_path / "log.txt"
+    lines = [json.dumps({"train_loss": 0.5, "epoch": epoch}) + "\n" for epoch in range(4)]
+    path.write_text("".join(lines) + '{"train_loss": 0.1, "ep')
+    RunLog(ENV, str(tmp_path), "", start_epoch=4)
+    assert path.read_text() == "".join(lines)
+    RunLog(ENV, str(tmp_path), "", start_epoch=2).write({"epoch": 2})
+    assert path.read_text() == "".join(lines[:2]) + '{"epoch": 2}\n'
+
+
+def test_log_txt_waits_for_a_disk_that_is_full(tmp_path, monkeypatch):
+    run_log = RunLog(ENV, str(tmp_path), "")
+    run_log.path = Path("/dev/full")
+    with project_log() as lines:
+        run_log.write({"epoch": 0})
+    assert any("CANNOT BE WRITTEN" in line for line in lines)
+    run_log.path = tmp_path / "log.txt"
+    run_log.write({"epoch": 1})
+    assert run_log.path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+
+
+# a run that is stopped within an epoch, by the script's own way
+
+
+def stop_at(monkeypatch, *calls: int) -> None:
+    """As if SIGTERM came before the given questions, counted over this process's life."""
+    ask, count = saving.Signals.ask, [0]
+
+    def asked(self, save):
+        count[0] += 1
+        if count[0] in calls:
+            self.seen[15] = 0.0
+        return ask(self, save)
+
+    monkeypatch.setattr(saving.Signals, "ask", asked)
+
+
+RUNS = {
+    "pretrain": (*PRETRAIN, "--norm_pix_loss", "--accum_iter", 2, "--batch_size", 2, "--epochs", 2),
+    "finetune": (*FINETUNE, "--epochs", 2, "--drop_path", 0.2),
+    "linprobe": (*LINPROBE, "--epochs", 2),
+}
+# 12 batches, 2 a step, in pretraining; 6 batches and 3 of evaluation in the others
+STOPS = {"pretrain": (1, 4, 6), "finetune": (2, 8, 7), "linprobe": (6, 9)}
+LEFT = {
+    "pretrain": ["partial-0-2.pth", "partial-0-10.pth", "partial-1-10.pth"],
+    "finetune": ["partial-0-2.pth", "partial-1-1.pth", "partial-1-6.pth"],
+    "linprobe": ["partial-0-6.pth", "partial-1-6.pth"],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_stopped_within_epochs_ends_bit_for_bit_as_the_one_without_a_stop(name, images, tmp_path, monkeypatch):  # noqa: F811
+    args = (*RUNS[name], "--data_path", images, "--save_every", 1)
+    train(name, tmp_path / "whole", *args)
+    for stop, left in zip(STOPS[name], LEFT[name], strict=True):
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+            stop_at(patch, stop)
+            train(name, tmp_path / "parts", *args, "--resume", "auto")
+        assert stopped.value.exit_code == 75 and stopped.value.signals == {15}
+        assert list(checkpoints(tmp_path / "parts").values())[-1].name == left
+    train(name, tmp_path / "parts", *args, "--resume", "auto")
+    for epoch in (0, 1):
+        whole, parts = (load(tmp_path / which / f"checkpoint-{epoch}.pth") for which in ("whole", "parts"))
+        for key in whole.keys() - {"args"}:
+            assert_same(whole[key], parts[key], key)
+    assert log_txt(tmp_path / "whole") == log_txt(tmp_path / "parts")
+
+
+def test_max_accuracy_is_carried_over(images, tmp_path):  # noqa: F811
+    args = (*CLASSIFY, "--blr", 1.0, "--data_path", images)
+    train("linprobe", tmp_path, *args, "--epochs", 1)
+    path = tmp_path / "checkpoint-0.pth"
+    state = load(path)
+    assert state["best"] == (state["max_accuracy"], 0)
+    torch.save({**state, "max_accuracy": 99.5, "best": (99.5, 0)}, path)
+    said = train("linprobe", tmp_path, *args, "--epochs", 2, "--resume", "auto")
+    assert re.findall("Max accuracy: .*", said)[-1] == "Max accuracy: 99.50%"
+    assert os.readlink(tmp_path / "checkpoint-best.pth") == "checkpoint-0.pth"
+    assert load(tmp_path / "checkpoint-1.pth")["max_accuracy"] == 99.5
+    assert checkpoints(tmp_path).keys() == {(1, 0), (2, 0)}
+
+
+def test_scripts_refuse_a_folder_that_holds_a_run_before_they_look_at_the_data(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
+    args = main_pretrain.get_args_parser().parse_args(["--output_dir", str(tmp_path), "--data_path", "/nowhere"])
+    with pytest.raises(UserError, match="holds a run already"):
+        main_pretrain.main(args)
+    logging.getLogger("mae").handlers.clear()

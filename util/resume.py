@@ -1,0 +1,208 @@
+"""Where a run goes on: its checkpoints in a folder, the newest valid one, and what of it fits the run that goes on."""
+
+import argparse
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from util import checkpoint
+from util.dist import Dist, on_main
+from util.errors import UserError
+from util.log import Part, log
+
+# options that may differ between a checkpoint and the run that continues it without a word: they change no weight, or
+# (the first three) only as a product, which is compared
+SILENT = set(
+    "batch_size accum_iter world_size output_dir log_dir resume start_epoch data_path num_workers pin_mem finetune "
+    "save_every save_minutes keep_last async_save on_nan loader_timeout dist_timeout dist_url dist_on_itp local_rank "
+    "device compile grad_checkpointing peak_tflops eval dist_eval job_dir ngpus nodes timeout partition use_volta32 "
+    "comment cluster".split()
+)
+
+
+@dataclass
+class Start:
+    """Where training starts: at `part` of `epoch`; and what a classifier has reached."""
+
+    epoch: int = 0
+    part: Part = field(default_factory=Part)
+    max_accuracy: float = 0.0
+    best: tuple[float, int] | None = None  # accuracy and epoch of the best checkpoint
+
+    def part_of(self, epoch: int) -> Part:
+        """What of `epoch` is done already: nothing, but of the one that was interrupted."""
+        return self.part if epoch == self.epoch else Part()
+
+
+def checkpoints(folder: str | Path) -> dict[tuple[int, int], Path]:
+    """Folder -> its checkpoints, oldest first, by where a run goes on from them: (epoch, batches of it that are done).
+
+    `checkpoint-{epoch}.pth` is the end of an epoch, `partial-{epoch}-{batches}.pth` a point within one.
+    """
+    found = {}
+    for path in Path(folder).glob("*.pth"):
+        if match := re.fullmatch(r"checkpoint-(\d+)\.pth", path.name):
+            found[int(match[1]) + 1, 0] = path
+        elif match := re.fullmatch(r"partial-(\d+)-(\d+)\.pth", path.name):
+            found[int(match[1]), int(match[2])] = path
+    return dict(sorted(found.items()))
+
+
+def newest(output_dir: str | Path) -> Path | None:
+    """Folder -> its newest valid checkpoint, passing over damaged ones with a warning; None where it has none at all.
+
+    Raises UserError where a file cannot be read, or all are damaged: a fresh start would then be a loss.
+    """
+    paths = list(checkpoints(output_dir).values())
+    for path in reversed(paths):
+        if (damage := _damage(path)) is None:
+            return path
+        log.warning(f"DAMAGED: {path} ({damage}); going back to the checkpoint before it")
+    if paths:
+        raise UserError(f"--resume auto: all {len(paths)} checkpoints in {output_dir} are damaged; move them away")
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()  # torch's reader leaves the checksums alone
+        if bad is not None:
+            return f"checksum of {bad} is wrong"
+        checkpoint.load(path)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+    except UserError as error:
+        return error.message
+    except OSError as error:
+        raise UserError(f"--resume auto: {path} cannot be read ({error}); mend the disk or move the file") from error
+    return None
+
+
+def refuse_second_run(env: Dist, output_dir: str, resume: str) -> None:
+    """Raise UserError, on all ranks, where `output_dir` holds a run and `resume` is not given."""
+
+    def check() -> None:
+        names = ["log.txt"] if (Path(output_dir) / "log.txt").exists() else []
+        names += [path.name for path in checkpoints(output_dir).values()]
+        if names:
+            raise UserError(
+                f"--output_dir {output_dir} holds a run already ({names[-1]}): pass --resume auto to continue it, or "
+                "name another folder"
+            )
+
+    if output_dir and not resume:
+        on_main(env, check)
+
+
+def resume(
+    env: Dist, args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Start:  # fmt: skip
+    """Load what --resume says into model, optimizer and scaler; return where to start.
+
+    A file without optimizer (released weights) gives the model alone, and a start at epoch 0. Raises UserError naming
+    what does not fit the model.
+    """
+    path = args.resume
+    if path == "auto":
+        path = on_main(env, lambda: args.output_dir and newest(args.output_dir))
+        if not path:
+            log.info(f"--resume auto: no checkpoint in {args.output_dir!r} yet, a fresh start")
+    if not path:
+        return Start(args.start_epoch)
+    state = checkpoint.load(path)
+    saved_args = state.get("args") or {}
+    saved_args = vars(saved_args) if isinstance(saved_args, argparse.Namespace) else saved_args
+    _check_size(path, saved_args, args)
+    checkpoint.load_strictly(model, state["model"], path)
+    if "optimizer" not in state or "epoch" not in state:
+        log.info(f"resumed {path}")
+        return Start()
+    try:
+        _load_optimizer_state(optimizer, state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"the optimizer state of {path} fits other parameter groups ({error}): resume with the options it "
+            "was trained with, such as --layer_decay"
+        ) from error
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    start = _start(state, saved_args, args, env)
+    log.info(f"resumed {path}: goes on at epoch {start.epoch}, batch {start.part.iteration}")
+    if saved_args:
+        _name_differences(path, state, saved_args, args, env)
+    _warn_of_newer(path, args.output_dir)
+    return start
+
+
+def _check_size(path: str | Path, saved: dict, args: argparse.Namespace) -> None:
+    """Two sizes may have as many patches, and the file's positions would fit without a word."""
+    here, there = args.input_size, saved.get("input_size", args.input_size)
+    square = [list(size) if isinstance(size, list | tuple) else [size] * 2 for size in (here, there)]
+    if square[0] != square[1]:
+        raise UserError(f"{path} was trained with --input_size {there}, not {here}: resume with the same")
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Take the moments from `saved`, and all else (weight decay, kernel) from the optimizer as the run built it.
+
+    The rate is set before every step; the file's is that of the last one.
+
+    Files of the original code know nothing of fused kernels, and an option given on resuming must have its effect.
+    """
+    built = optimizer.state_dict()["param_groups"]
+    if len(built) != len(saved["param_groups"]):
+        raise ValueError(f"{len(saved['param_groups'])} groups in the file, {len(built)} here")
+    groups = [
+        {**ours, "params": theirs["params"], "lr": theirs.get("lr", ours["lr"])}
+        for ours, theirs in zip(built, saved["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _start(state: dict, saved: dict, args: argparse.Namespace, env: Dist) -> Start:
+    reached = {name: state[name] for name in ("max_accuracy", "best") if name in state}
+    if not state.get("iteration"):
+        return Start(state["epoch"] + 1, **reached)
+    # whole optimizer steps are done; here they may be cut into batches differently
+    theirs = saved["batch_size"] * saved["accum_iter"] * state["world_size"]
+    ours = args.batch_size * args.accum_iter * env.world_size
+    iteration = state["iteration"] // saved["accum_iter"] * theirs // ours * args.accum_iter
+    scale = args.accum_iter / saved["accum_iter"]  # a mean is over batches: as many for each step as ours
+    sums = {name: value * scale for name, value in state["progress"]["sums"].items()}
+    counts = {name: value * scale for name, value in state["progress"]["counts"].items()}
+    return Start(state["epoch"], Part(iteration, sums, counts), **reached)
+
+
+def _name_differences(path: str | Path, state: dict, saved: dict, args: argparse.Namespace, env: Dist) -> None:
+    """Warn of options that change the mathematics and differ from the file's."""
+    ours = vars(args)
+    differing = [
+        f"--{name} {ours[name]} (was {saved[name]})"
+        for name in sorted(ours.keys() & saved.keys() - SILENT)
+        if ours[name] != saved[name]
+    ]
+    if "world_size" in state:
+        theirs = saved["batch_size"] * saved["accum_iter"] * state["world_size"]
+        effective_batch = args.batch_size * args.accum_iter * env.world_size
+        if effective_batch != theirs:
+            differing.append(f"effective batch {effective_batch} (was {theirs})")
+    if differing:
+        log.warning(f"this run differs from the one that wrote {path}: {', '.join(differing)}")
+
+
+def _warn_of_newer(path: str | Path, output_dir: str) -> None:
+    """After a step back by hand, --resume auto would jump forward again."""
+    paths = list(checkpoints(output_dir).values()) if output_dir else []
+    here = [other.resolve() for other in paths]
+    if Path(path).resolve() in here[:-1]:
+        newer = paths[here.index(Path(path).resolve()) + 1 :]
+        log.warning(
+            f"{output_dir} has {len(newer)} newer checkpoints, up to {newer[-1].name}, which --resume auto prefers: "
+            "move them away unless they are damaged"
+        )

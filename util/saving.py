@@ -1,0 +1,265 @@
+"""Saving a run: whole files, off the training thread, often enough, few enough; and leaving at a signal.
+
+`checkpoint-{epoch}.pth` is the state at the end of an epoch, `partial-{epoch}-{batches}.pth` at a point within one. A
+file is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict) and `world_size`; within an epoch also
+`iteration` (batches done) and `progress` (the sums of its means so far); in classifiers `max_accuracy` and `best`.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from util import resume
+from util.dist import Dist, on_main, sum_over_ranks
+from util.errors import UserError
+from util.log import NonFiniteLossError, Part, Progress, log
+from util.signals import Signals, Stopped
+
+BEST = "checkpoint-best.pth"
+KEPT_ANYWAY = 2  # the newest files, of whatever kind: should one be damaged, there is another
+LAST_TRIES_SECONDS = (1, 5, 20, 60)  # pauses before the state is given up that no later save would bring
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """The new name, too, must survive a power cut; systems that cannot do this have no such call."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_finite(model: nn.Module, epoch: int) -> None:
+    """Raise NonFiniteLossError unless all weights are finite: the last update may have broken what no loss has seen."""
+    finite = torch.stack([param.detach().isfinite().all() for param in model.parameters()]).all()
+    if sum_over_ranks((~finite).float()).item() > 0:
+        raise NonFiniteLossError(
+            f"weights became non-finite in the last steps of epoch {epoch}, which is not saved. Resume from the last "
+            "checkpoint with a lower --blr, a longer --warmup_epochs or --amp off"
+        )
+
+
+class Saver:
+    """Saves into --output_dir, if it is not empty, what a run needs to go on; on rank 0, but all ranks call it alike.
+
+    Inside its `with`, signals are noted, and obeyed after an optimizer step. A save that fails stops no training: it is
+    an error in the log, tried again at the next occasion. `milestones`: epochs between those that --keep_last keeps.
+    """
+
+    def __init__(
+        self, env: Dist, args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler, milestones: int | None = None,
+    ) -> None:  # fmt: skip
+        self.env, self.args, self.milestones = env, args, milestones
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.folder = Path(args.output_dir) if env.is_main and args.output_dir else None
+        self.asynchronous = args.async_save == "on" or (args.async_save == "auto" and env.device.type == "cuda")
+        self.signals, self.stop = Signals(env), set()
+        self.max_accuracy, self.best = 0.0, None
+        self.saved_at = time.monotonic()
+        self.failed = False  # the last save is still owed
+        self._patience = args.dist_timeout * 30  # seconds; half of what other ranks wait
+        self.writing: threading.Thread | None = None
+        self.copies: dict[tuple, torch.Tensor] = {}
+        if args.output_dir:
+            on_main(env, self._check_folder)
+
+    def _check_folder(self) -> None:
+        """Clear what a killed process left half-written; raise UserError where not even one checkpoint fits."""
+        for kind in ("checkpoint-*.tmp", "partial-*.tmp"):
+            for path in self.folder.glob(kind):
+                path.unlink()
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        tensors = [*self.model.state_dict().values(), *trained, *trained]  # two moments, at most
+        size, free = sum(t.numel() * t.element_size() for t in tensors), shutil.disk_usage(self.folder).free
+        if size > free:
+            raise UserError(
+                f"--output_dir {self.folder} has {free / 1e9:.1f} GB free, and one checkpoint takes {size / 1e9:.1f}: "
+                "make room or name another folder"
+            )
+        n_files = min(-(-self.args.epochs // self.args.save_every), self.args.keep_last or self.args.epochs)
+        n_files += KEPT_ANYWAY + (self.args.epochs // self.milestones if self.milestones and self.args.keep_last else 0)
+        if n_files * size > free:
+            log.warning(
+                f"{self.folder} has {free / 1e9:.1f} GB free; {n_files} checkpoints, which may come together, take "
+                f"{n_files * size / 1e9:.1f}: make room, or see --keep_last"
+            )
+
+    def __enter__(self) -> "Saver":
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        try:
+            self._finish(error)
+        finally:
+            self.signals.__exit__()
+
+    def resume(self) -> resume.Start:
+        """Load what --resume says; return where to start."""
+        start = resume.resume(self.env, self.args, self.model, self.optimizer, self.scaler)
+        self.max_accuracy, self.best = start.max_accuracy, start.best
+        return start
+
+    def begin(self, epoch: int, progress: Progress) -> None:
+        """Tell which epoch is under way, and where it counts what is done of it."""
+        self.epoch, self.progress = epoch, progress
+
+    def due(self) -> bool:
+        """After an optimizer step: True, on all ranks together, where it is time for `save_part`."""
+        minutes = self.args.save_minutes
+        late = minutes is not None and time.monotonic() - self.saved_at > minutes * 60
+        self.stop, save = self.signals.ask(late and self.folder is not None)
+        return bool(self.stop) or save
+
+    def save_part(self) -> None:
+        """Save within an epoch, after what `progress` has read. Raises Stopped, on all ranks, after a signal."""
+        part: Part = self.progress.part()
+        more = {"iteration": part.iteration, "progress": {"sums": part.sums, "counts": part.counts}}
+        check_finite(self.model, self.epoch)
+        self._save(f"partial-{self.epoch}-{part.iteration}.pth", self.epoch, **more)
+        if self.stop:
+            self._wait()
+            raise Stopped(self.stop, on_main(self.env, lambda: self.folder is not None and not self.failed))
+
+    def leave_if_told(self) -> None:
+        """Between two batches of an evaluation: after a signal, save and raise Stopped, on all ranks together."""
+        self.stop, _ = self.signals.ask(save=False)
+        if self.stop:
+            self.save_part()
+
+    def after_epoch(self, epoch: int, accuracy: float | None = None) -> None:
+        """Save, if it is time. Raises NonFiniteLossError on all ranks together where a weight is NaN or infinite."""
+        check_finite(self.model, epoch)
+        self.epoch = epoch
+        if accuracy is not None:
+            self.max_accuracy = max(self.max_accuracy, accuracy)
+        last = epoch == self.args.epochs - 1
+        if epoch % self.args.save_every and not last and not self.failed:
+            return
+        self._wait(self._patience)  # whether the last one is saved decides which is the best
+        best = self.best
+        if accuracy is not None and (best is None or accuracy > best[0]):
+            best = (accuracy, epoch)
+        self._save(f"checkpoint-{epoch}.pth", epoch, best=best)
+
+    def _save(self, name: str, epoch: int, **more) -> None:
+        self.saved_at = start = time.monotonic()
+        if self.folder is None or not self._wait(self._patience):
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": epoch,
+            "scaler": self.scaler.state_dict(),
+            "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
+            "world_size": self.env.world_size,
+        }
+        if self.max_accuracy:
+            state |= {"max_accuracy": self.max_accuracy, "best": self.best}
+        state |= {name: value for name, value in more.items() if value is not None}
+        path, self.failed = self.folder / name, False
+        if self.asynchronous:
+            state = self._copy(state)
+            if self.env.device.type == "cuda":
+                torch.cuda.synchronize()
+            log.debug(f"training waited {time.monotonic() - start:.3f} s for {name}, to copy the state")
+            self.writing = threading.Thread(target=self._write, args=(path, state), daemon=True)
+            self.writing.start()
+        else:
+            self._write(path, state)
+
+    def _copy(self, value, *where):
+        """Nested dicts and lists of tensors -> the same on the CPU, in memory that is used again at the next save."""
+        if isinstance(value, dict):
+            return {key: self._copy(inner, *where, key) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(inner, *where, i) for i, inner in enumerate(value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        if where not in self.copies:
+            pinned = value.device.type == "cuda"
+            self.copies[where] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        return self.copies[where].copy_(value, non_blocking=True)
+
+    def _write(self, path: Path, state: dict) -> None:
+        start = time.monotonic()
+        try:
+            save(path, state)
+            megabytes, self.best = path.stat().st_size / 1e6, state.get("best")
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            self.failed = True
+            reason = str(error).split("\n")[0]
+            log.error(f"{path} COULD NOT BE SAVED ({reason}); training goes on, the next save will try again")
+            return
+        log.debug(f"saved {path}: {megabytes:.1f} MB in {time.monotonic() - start:.2f} s")
+        try:
+            if self.best and path.name == f"checkpoint-{self.best[1]}.pth":
+                link = self.folder / f"{BEST}.tmp"
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.name)
+                link.replace(self.folder / BEST)
+            self._prune(path)
+        except OSError as error:
+            log.warning(f"{self.folder}: links and old files stay as they are ({error})")
+
+    def _prune(self, newest: Path) -> None:
+        """Remove what --keep_last no longer keeps, and partial files that newer ones replace; never what is newer."""
+        paths = list(resume.checkpoints(self.folder).values())
+        paths = paths[: paths.index(newest) + 1]
+        epochs = {path: int(path.stem.split("-")[1]) for path in paths if path.name.startswith("checkpoint-")}
+        kept = set(paths[-KEPT_ANYWAY:]) | set(list(epochs)[-(self.args.keep_last or len(paths)) :])
+        for path, epoch in epochs.items():
+            milestone = self.milestones and epoch % self.milestones == 0
+            if milestone or (self.best and epoch == self.best[1]):
+                kept.add(path)
+        for path in set(paths) - kept:
+            path.unlink()
+
+    def _wait(self, seconds: float | None = None) -> bool:
+        """Wait for the pending write; False where it has not ended after `seconds`, as on a disk that stalls."""
+        if self.writing is not None:
+            self.writing.join(seconds)
+            if self.writing.is_alive():
+                log.error(f"STILL WRITING the last checkpoint after {seconds:.0f} s: this save is left out")
+                self.failed = True
+                return False
+        self.writing = None
+        return True
+
+    def _finish(self, error: BaseException | None) -> None:
+        """Leave nothing half-done: the pending write, and at the end of the run a save that failed."""
+        self._wait()
+        if error is not None or not self.failed:
+            return
+        self.asynchronous = False
+        for seconds in LAST_TRIES_SECONDS:
+            log.error(f"the last checkpoint is not saved: trying again in {seconds} s")
+            time.sleep(seconds)
+            self._save(f"checkpoint-{self.epoch}.pth", self.epoch)
+            if not self.failed:
+                return
+        raise UserError(f"the end of the run could not be saved in {self.folder}: see the errors above")
