@@ -3,7 +3,6 @@
 import argparse
 import io
 import pickle
-import urllib.error
 from functools import partial
 from pathlib import Path
 
@@ -111,32 +110,6 @@ def test_missing_file_and_folder_are_refused_by_name(tmp_path):
     for path in (tmp_path / "lost.pth", tmp_path):
         with pytest.raises(UserError, match=f"no checkpoint {path}"):
             checkpoint.load(path)
-
-
-def test_url_is_downloaded_once_and_kept(tmp_path, monkeypatch):
-    asked = []
-
-    def download(url, path, progress):
-        asked.append(url)
-        saved(Path(path), nn.Linear(3, 2))
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    url = "https://example.org/mae/weights.pth?download=1"
-    first, second = checkpoint.load(url), checkpoint.load(url)
-    assert asked == [url]
-    assert_same(dict(first["model"]), dict(second["model"]))
-    assert (tmp_path / "checkpoints" / "weights.pth").is_file()
-
-
-def test_failed_download_is_refused_by_name(tmp_path, monkeypatch):
-    def download(url, path, progress):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(UserError, match="cannot download https://example.org/w.pth"):
-        checkpoint.load("https://example.org/w.pth")
 
 
 # pretrained weights for a classifier

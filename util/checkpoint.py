@@ -5,59 +5,35 @@ it is written: util/saving.py. Resuming a run: util/resume.py.
 """
 
 import argparse
-import pickle
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 from torch import nn
 
+from util import download, untrusted
+from util.architecture import describe, is_masked_autoencoder
+from util.download import RELEASES
 from util.errors import UserError
 from util.log import log
 from util.pos_embed import interpolate_pos_embed
 
-RELEASES = "https://dl.fbaipublicfiles.com/mae/"
-
 
 def load(path_or_url: str | Path) -> dict:
-    """Path or https URL -> the file's dict, on the CPU. URLs are kept in torch.hub's cache folder.
+    """Path or https URL -> the file's dict, on the CPU. Downloads are kept: see util/download.py.
 
-    Raises UserError where the file is missing, is no checkpoint, or holds anything but tensors, plain values and an
-    `argparse.Namespace` (as files of the original code do).
+    Raises UserError where the file is missing, damaged, no checkpoint (the message says what it is), or holds anything
+    but tensors, plain values and an `argparse.Namespace` (as files of the original code do).
     """
-    path = _download(str(path_or_url)) if str(path_or_url).startswith("https://") else Path(path_or_url)
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}: give a file or an https:// URL")
+    url = str(path_or_url)
+    path = download.fetch(url) if url.startswith("https://") else Path(path_or_url)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} was refused, and nothing of it was run: it is not a torch checkpoint, or it holds other objects "
-            f"than tensors, plain values and argparse.Namespace ({_first_line(error)})"
-        ) from error
-    except Exception as error:  # garbage makes the reader raise whatever it likes; nothing of the file is run
-        raise UserError(f"{path} cannot be read as a checkpoint; is it complete? ({_first_line(error)})") from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path} is no checkpoint of this project: it has no state dict under the key 'model'")
+        state = untrusted.read(path)
+        untrusted.check_state_dict(state, path)
+    except UserError as error:
+        if url.startswith("https://"):
+            raise UserError(f"{error.message}. It came from {url}: remove it to download it again") from error
+        raise
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def _download(url: str) -> Path:
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(urlparse(url).path).name
-    if not path.is_file():
-        log.info(f"downloading {url} to {path}")
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except OSError as error:
-            raise UserError(f"cannot download {url} ({error}): fetch it by hand and give the file's path") from error
-    return path
 
 
 def resume_for_eval(path_or_url: str, model: nn.Module) -> None:
@@ -75,8 +51,8 @@ def load_full_mae(path_or_url: str, model: nn.Module) -> None:
     missing = [name for name in model.state_dict() if name not in state_dict]
     if any(name.startswith("decoder") or name == "mask_token" for name in missing):
         raise UserError(
-            f"{path_or_url} holds an encoder alone and cannot reconstruct: {len(missing)} keys are missing, such as "
-            f"{', '.join(missing[:3])}. Use a file with a decoder: {RELEASES}pretrain/mae_pretrain_vit_*_full.pth "
+            f"{path_or_url} holds {describe(state_dict)} and cannot reconstruct: {len(missing)} keys are missing, such "
+            f"as {', '.join(missing[:3])}. Use a file with a decoder: {RELEASES}pretrain/mae_pretrain_vit_*_full.pth "
             f"(normalised pixels) or {RELEASES}visualize/mae_visualize_vit_*.pth (pixels)"
         )
     load_strictly(model, state_dict, path_or_url)
@@ -87,17 +63,25 @@ def load_strictly(model: nn.Module, state_dict: dict[str, torch.Tensor], name: s
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     other_shape = [
-        f"{key} {tuple(state_dict[key].shape)}, here {tuple(own[key].shape)}"
+        f"{key} {_form(state_dict[key])}, here {_form(own[key])}"
         for key in own.keys() & state_dict.keys()
-        if state_dict[key].shape != own[key].shape
+        if _form(state_dict[key]) != _form(own[key])
     ]
     if missing or foreign or other_shape:
+        hint = "Check --model, --input_size, --nb_classes and --global_pool / --cls_token"
+        if is_masked_autoencoder(state_dict) and not is_masked_autoencoder(own):
+            hint = "To start a classifier from a masked autoencoder, give it as --finetune"
         raise UserError(
-            f"{name} does not fit the model: {len(missing)} keys missing {missing[:5]}, {len(foreign)} unknown "
-            f"{foreign[:5]}, {len(other_shape)} of another shape {sorted(other_shape)[:5]}. Check --model, "
-            "--input_size, --nb_classes and --global_pool / --cls_token"
+            f"{name} holds {describe(state_dict)}; it does not fit the model, which is {describe(own)}: {len(missing)} "
+            f"keys missing {missing[:5]}, {len(foreign)} unknown {foreign[:5]}, {len(other_shape)} of another shape "
+            f"{sorted(other_shape)[:5]}. {hint}"
         )
     model.load_state_dict(state_dict)
+
+
+def _form(tensor: torch.Tensor) -> str:
+    """The shape, and the dtype where it is no floating-point number, which no conversion would save."""
+    return f"{tuple(tensor.shape)}" + ("" if tensor.is_floating_point() else f" of {tensor.dtype}")
 
 
 def load_pretrained(path_or_url: str, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import checkpoint
+from util import checkpoint, untrusted
 from util.dist import Dist, on_main
 from util.errors import UserError
 from util.log import Part, log
@@ -124,12 +124,13 @@ def resume(
         log.info(f"resumed {path}")
         return Start()
     try:
-        _load_optimizer_state(optimizer, state["optimizer"])
-    except (ValueError, KeyError) as error:
+        untrusted.check_training_state(state, optimizer)
+    except ValueError as error:
         raise UserError(
-            f"the optimizer state of {path} fits other parameter groups ({error}): resume with the options it "
-            "was trained with, such as --layer_decay"
+            f"the training state of {path} does not fit: {error}. Resume with the options it was trained with, such as "
+            "--layer_decay"
         ) from error
+    _load_optimizer_state(optimizer, state["optimizer"])
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     start = _start(state, saved_args, args, env)
@@ -156,8 +157,6 @@ def _load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None
     Files of the original code know nothing of fused kernels, and an option given on resuming must have its effect.
     """
     built = optimizer.state_dict()["param_groups"]
-    if len(built) != len(saved["param_groups"]):
-        raise ValueError(f"{len(saved['param_groups'])} groups in the file, {len(built)} here")
     groups = [
         {**ours, "params": theirs["params"], "lr": theirs.get("lr", ours["lr"])}
         for ours, theirs in zip(built, saved["param_groups"], strict=True)
