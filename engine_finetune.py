@@ -89,10 +89,6 @@ def evaluate(
     exact = torch.float32 if env.device.type == "mps" else torch.float64  # mps has no float64
     totals = torch.zeros(4, dtype=exact, device=env.device)  # images, loss, correct in 1, correct in 5
     progress = Progress(loader, "Test:", every=10, env=env, reduce=False)
-    # ranks may differ by one batch, and must ask one another equally often
-    n_common = len(loader)
-    if saver is not None and sharded:
-        n_common = len(loader.loader.dataset) // env.world_size // loader.loader.batch_size
     for i, (imgs, labels) in progress:
         with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(imgs).float()
@@ -103,7 +99,7 @@ def evaluate(
         progress.add(i, loss=losses.mean())
         if progress.due(i):
             progress.read()
-        if saver is not None and i < n_common:
+        if saver is not None and i < loader.n_common:  # ranks must ask one another equally often
             saver.leave_if_told()
     n_images, loss, top1, top5 = (sum_over_ranks(totals) if sharded else totals).tolist()
     stats = {"loss": loss / n_images, "acc1": 100 * top1 / n_images, "acc5": 100 * top5 / n_images}

@@ -7,7 +7,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, flops, loader, rng, speed
+from util import checkpoint, cli, datasets, flops, loader, readers, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.lars import LARS
 from util.log import RunLog, log, setup_logging
@@ -40,13 +40,15 @@ def main(args: argparse.Namespace) -> None:
         refuse_second_run(env, args.output_dir, args.resume)
 
     # data
-    train_files, val_files = datasets.classification_files(args.data_path, args.nb_classes, with_train=not args.eval)
+    train_transform = None if args.eval else linprobe_transform(args.input_size, args.crop_min, args.hflip)
+    train_set, val_set = readers.labelled_images(
+        args.data_path, args.dataset, (args.train_split, args.val_split),
+        (train_transform, eval_transform(args.input_size)),
+        args.nb_classes, env, args.dist_eval, args.seed, args.skip_bad_images,
+    )  # fmt: skip
     num_workers = loader.available_workers(args.num_workers, env)
-    val_set = datasets.Images(val_files, eval_transform(args.input_size), args.seed, args.skip_bad_images)
     val_loader = loader.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
     if not args.eval:
-        transform = linprobe_transform(args.input_size, args.crop_min, args.hflip)
-        train_set = datasets.Images(train_files, transform, args.seed, args.skip_bad_images)
         sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
         train_loader = loader.train_loader(train_set, sampler, num_workers, args.pin_mem, args.decode)
         log.info(f"{len(train_set)} images to train, {len(val_set)} to validate, {len(train_loader)} batches an epoch")

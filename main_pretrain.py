@@ -1,16 +1,14 @@
 """Masked pretraining on a folder of images: python main_pretrain.py --data_path FOLDER. Recipes: PRETRAIN.md."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, flops, loader, rng, speed
+from util import cli, datasets, flops, loader, readers, rng, speed
 from util.dist import init_distributed, shutdown, wrap
-from util.errors import UserError
 from util.log import RunLog, log, setup_logging
 from util.lr_sched import Schedule, scaled_lr
 from util.resume import refuse_second_run
@@ -31,7 +29,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     mae.add_argument("--mask_ratio", default=0.75, type=cli.mask_ratio, help="share of patches removed")
     mae.add_argument("--norm_pix_loss", action="store_true", help="predict pixels normalised per patch")
     cli.add_crop_options(parser, crop_min=0.2)
-    cli.add_data_options(parser, "folder of images: its train/ if it has one, else all images below it, at any depth")
+    cli.add_data_options(
+        parser, "folder of images: its train/ if it has one, else all images below it, at any depth", labelled=False
+    )
     cli.add_run_options(parser, save_every=20)
     return parser
 
@@ -45,17 +45,14 @@ def main(args: argparse.Namespace) -> None:
     refuse_second_run(env, args.output_dir, args.resume)
 
     # data
-    if not args.data_path:
-        raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
-    folder = Path(args.data_path) / "train"
-    folder = folder if folder.is_dir() else Path(args.data_path)
-    files = datasets.list_images(folder)
     transform = pretrain_transform(args.input_size, args.crop_min, args.hflip)
-    dataset = datasets.Images(files, transform, args.seed, args.skip_bad_images)
+    dataset = readers.pretraining_images(
+        args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images
+    )
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = loader.available_workers(args.num_workers, env)
     train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode)
-    log.info(f"{len(dataset)} training images below {folder}, {len(train_loader)} batches an epoch")
+    log.info(f"{len(dataset)} training images, {len(train_loader)} batches an epoch")
 
     # model
     rng.seed_init(args.seed)

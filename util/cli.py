@@ -181,10 +181,16 @@ def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callabl
     )  # fmt: skip
 
 
-def add_data_options(parser: argparse.ArgumentParser, data_path_help: str) -> None:
+def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, labelled: bool = True) -> None:
     """Where images come from and who loads them."""
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default=None, metavar="FOLDER", help=data_path_help)
+    add("--dataset", default="", metavar="KIND/NAME",
+        help="tar, or a reader of timm: wds/NAME (WebDataset), hfds/NAME or hfids/NAME (Hugging Face), tfds/NAME; "
+        "--data_path is then its root. none: folders")  # fmt: skip
+    add("--train_split", default="train", metavar="SPLIT", help="what of --dataset to train on")
+    if labelled:
+        add("--val_split", default="val", metavar="SPLIT", help="what of --dataset to validate on")
     add("--skip_bad_images", action="store_true",
         help="replace files that cannot be decoded by the next good one and list them each epoch")  # fmt: skip
     add("--decode", default="cpu", choices=["cpu", "cuda"],

@@ -129,23 +129,29 @@ class Images(Dataset):
         path, label = self.files[index]
         return torch.from_numpy(np.fromfile(path, np.uint8)), label
 
+    def name(self, index: int) -> str:
+        """Where the image is, for messages."""
+        return self.files[index][0]
+
     def _load(self, index: int) -> tuple[torch.Tensor, int]:
         for offset in range(len(self)):
             try:
                 data, label = self.read((index + offset) % len(self))
                 return decode(data), label
+            except UserError:
+                raise
             except Exception as error:  # decoders raise whatever they like
                 if not self.skip_bad:
                     raise UserError(
-                        f"cannot decode {self.files[index][0]} ({type(error).__name__}: {error}): mend or remove it, "
+                        f"cannot decode {self.name(index)} ({type(error).__name__}: {error}): mend or remove it, "
                         "or pass --skip_bad_images"
                     ) from error
                 self.bad[(index + offset) % len(self)] = 1
-        raise UserError(f"none of the {len(self)} images can be decoded, such as {self.files[0][0]}")
+        raise UserError(f"none of the {len(self)} images can be decoded, such as {self.name(0)}")
 
     def take_bad(self) -> list[str]:
         """Paths of the files skipped since the last call."""
-        paths = [self.files[i][0] for i in self.bad.nonzero().flatten().tolist()]
+        paths = [self.name(i) for i in self.bad.nonzero().flatten().tolist()]
         self.bad.zero_()
         return paths
 

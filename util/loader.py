@@ -1,16 +1,20 @@
 """From a dataset to batches on the device: loader workers send uint8, the device mirrors and normalises."""
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset
 
+from util import rng
 from util.datasets import Images, TrainSampler
 from util.dist import Dist, available_cores
+from util.errors import UserError
 from util.gpu_decode import EncodedImages, check_gpu_decode
 from util.log import log
+from util.readers import Stream
 from util.signals import leave_signals_to_the_trainer
 
 
@@ -42,12 +46,21 @@ class DeviceLoader:
     stream of its own: the host runs ahead of the device, so while an earlier batch is computed with.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device, to_device: Callable[..., Batch] | None = None) -> None:
+    def __init__(
+        self,
+        loader: Iterable,
+        device: torch.device,
+        to_device: Callable[..., Batch] | None = None,
+        n_batches: int | None = None,
+        n_common: int | None = None,
+    ) -> None:
         self.loader, self.device = loader, device
         self.to_device = to_device or _copy_to
+        self.n_batches = len(loader) if n_batches is None else n_batches
+        self.n_common = self.n_batches if n_common is None else n_common  # batches that no rank has fewer of
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.n_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -69,44 +82,94 @@ def _copy_to(batch: list[torch.Tensor], device: torch.device) -> Batch:
 
 
 def train_loader(
-    dataset: Images, sampler: TrainSampler, num_workers: int, pin_mem: bool, decode: str = "cpu"
+    dataset: Images | Stream, sampler: TrainSampler, num_workers: int, pin_mem: bool, decode: str = "cpu"
 ) -> DeviceLoader:
-    """Batches in the order of the sampler. `decode`: cpu, or cuda to leave JPEGs to the GPU.
+    """The batches that `sampler` says, from images in its order or from a stream in the stream's own.
 
-    Raises UserError where the device or the recipe does not allow that.
+    `decode`: cpu, or cuda to leave JPEGs to the GPU; UserError where the device or the recipe does not allow that.
     """
     device = sampler.env.device
+    options = _worker_options(num_workers, pin_mem, device)
+    if isinstance(dataset, Stream):
+        if decode == "cuda":
+            raise UserError(
+                "--decode cuda needs files, which this kind of --dataset keeps to itself: pass --decode cpu"
+            )
+        return DeviceLoader(StreamBatches(dataset, sampler, options), device)
     encoded = None
     if decode == "cuda":
         check_gpu_decode(dataset.transform, device)
         encoded = EncodedImages(dataset)
-    loader = DataLoader(
-        encoded or dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        worker_init_fn=leave_signals_to_the_trainer,
-        pin_memory=pin_mem and device.type == "cuda" and encoded is None,  # nvJPEG reads ordinary memory
-        persistent_workers=num_workers > 0,
-        collate_fn=list if encoded else None,
-    )
+        options |= {"collate_fn": list, "pin_memory": False}  # nvJPEG reads ordinary memory
+    loader = DataLoader(encoded or dataset, batch_sampler=sampler, persistent_workers=num_workers > 0, **options)
     return DeviceLoader(loader, device, encoded and encoded.decode)
 
 
 def eval_loader(
-    dataset: Dataset, batch_size: int, env: Dist, sharded: bool, num_workers: int, pin_mem: bool
+    dataset: Images | Stream, batch_size: int, env: Dist, sharded: bool, num_workers: int, pin_mem: bool
 ) -> DeviceLoader:
-    """Every image once, in order; with `sharded`, once over all ranks together (their shares may differ by one)."""
+    """Every image once, in order; with `sharded`, once over all ranks together (shares of files differ by one)."""
+    options = _worker_options(num_workers, pin_mem, env.device)
+    if isinstance(dataset, Stream):
+        loader = DataLoader(_Pass(dataset, epoch=0), batch_size=batch_size, **options)
+        # a guess, for the progress: a stream need not tell its length, and shares are of whole shards
+        n_batches = max(-(-len(dataset) // dataset.world_size // batch_size), 1)
+        return DeviceLoader(loader, env.device, n_batches=n_batches, n_common=0)
     indices = range(env.rank, len(dataset), env.world_size) if sharded else range(len(dataset))
-    loader = DataLoader(
-        dataset,
-        sampler=indices,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        worker_init_fn=leave_signals_to_the_trainer,
-        pin_memory=pin_mem and env.device.type == "cuda",
-        persistent_workers=num_workers > 0 and len(indices) > 0,
-    )
-    return DeviceLoader(loader, env.device)
+    keep = num_workers > 0 and len(indices) > 0
+    loader = DataLoader(dataset, sampler=indices, batch_size=batch_size, persistent_workers=keep, **options)
+    n_common = len(dataset) // env.world_size // batch_size if sharded else None
+    return DeviceLoader(loader, env.device, n_common=n_common)
+
+
+def _worker_options(num_workers: int, pin_mem: bool, device: torch.device) -> dict:
+    return {
+        "num_workers": num_workers,
+        "pin_memory": pin_mem and device.type == "cuda",
+        "worker_init_fn": leave_signals_to_the_trainer,
+    }
+
+
+class _Pass(IterableDataset):
+    """One pass over a stream."""
+
+    def __init__(self, stream: Stream, epoch: int) -> None:
+        self.stream, self.epoch = stream, epoch
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, bool, int]]:
+        return self.stream.iterate(self.epoch)
+
+
+class StreamBatches:
+    """As many batches an epoch of a stream as `sampler` says, from the one on that it says; `options`: of DataLoader.
+
+    The workers are new in each epoch, so that what they draw comes from (seed, epoch) alone.
+    """
+
+    def __init__(self, stream: Stream, sampler: TrainSampler, options: dict) -> None:
+        self.stream, self.sampler, self.options = stream, sampler, options
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        epoch, first, n_batches = self.sampler.epoch, self.sampler.first, len(self.sampler)
+        loader = DataLoader(
+            _Pass(self.stream, epoch),
+            batch_size=self.sampler.batch_size,
+            drop_last=True,
+            generator=rng.stream_generator(self.sampler.seed, epoch),
+            **self.options,
+        )
+        done = 0
+        for done, batch in enumerate(itertools.islice(loader, n_batches), 1):
+            if done > first:
+                yield batch
+        if done < n_batches:
+            raise UserError(
+                f"the dataset ended after {done} of {n_batches} batches: does it hold {len(self.stream)} images, each "
+                "with its label, in at least one shard for each worker of each process? Lower --num_workers otherwise"
+            )
 
 
 def available_workers(num_workers: int, env: Dist) -> int:

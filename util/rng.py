@@ -24,6 +24,11 @@ def image_order(seed: int, epoch: int, n_images: int) -> list[int]:
     return torch.randperm(n_images, generator=generator).tolist()
 
 
+def stream_generator(seed: int, epoch: int) -> torch.Generator:
+    """What a DataLoader seeds the workers of a stream with, for one epoch."""
+    return torch.Generator().manual_seed(_derive(seed, _ORDER, epoch))
+
+
 def seed_sample(seed: int, epoch: int, index: int) -> None:
     """Seed all CPU generators that transforms draw from (random, numpy, torch) for one image of one epoch."""
     key = _derive(seed, _SAMPLE, epoch, index)

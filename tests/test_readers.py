@@ -1,0 +1,274 @@
+"""--dataset: real WebDataset shards, tar files and Hugging Face datasets, written here, through timm's readers."""
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ON_CPU, ROOT, run, torchrun
+from PIL import Image
+
+from util.datasets import TrainSampler
+from util.dist import Dist
+from util.errors import UserError
+from util.loader import eval_loader, train_loader
+from util.readers import labelled_images, pretraining_images
+from util.transforms import eval_transform, pretrain_transform
+
+pytest.importorskip("webdataset")
+pytest.importorskip("datasets")
+
+CPU = torch.device("cpu")
+
+
+def env(rank=0, world_size=1):
+    return Dist(CPU, rank, 0, world_size)
+
+
+def numbered(number: int) -> bytes:
+    """A PNG of one grey level, which is its number."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (number,) * 3).save(file, "png")
+    return file.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def write_shards(root: Path, split: str, n_shards: int, per_shard: int, info: dict, labels: int = 3) -> None:
+    """Shards of numbered images with labels 0 to `labels` - 1, and their part of _info.json."""
+    names = [f"{split}-{i:04d}.tar" for i in range(n_shards)]
+    for i, name in enumerate(names):
+        with tarfile.open(root / name, "w") as tar:
+            for number in range(i * per_shard, (i + 1) * per_shard):
+                add(tar, f"{number:06d}.png", numbered(number))
+                add(tar, f"{number:06d}.cls", str(number % labels).encode())
+    info[split] = {"name": split, "filenames": names, "shard_lengths": [per_shard] * n_shards,
+                   "num_samples": n_shards * per_shard}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """train: 8 shards of 10 images; val: 5 shards of 7."""
+    root, info = tmp_path_factory.mktemp("shards"), {}
+    write_shards(root, "train", 8, 10, info)
+    write_shards(root, "val", 5, 7, info)
+    (root / "_info.json").write_text(json.dumps({"splits": info}))
+    return root
+
+
+def numbers(imgs: torch.Tensor) -> list[int]:
+    """The numbers of normalised images."""
+    return (imgs[:, 0].mean(dim=(1, 2)) * 0.229 * 255 + 0.485 * 255).round().int().tolist()
+
+
+def validation(root, name, world_size, workers, sharded=True):
+    """[(number, label) ...] of each rank."""
+    shares = []
+    for rank in range(world_size):
+        here = env(rank, world_size)
+        _, val = labelled_images(root, name, ("train", "val"), (None, eval_transform(8)), 3, here, sharded, 0, False)
+        loader = eval_loader(val, 4, here, sharded, num_workers=workers, pin_mem=False)
+        shares.append([pair for imgs, labels in loader for pair in zip(numbers(imgs), labels.tolist(), strict=True)])
+    return shares
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 2), (2, 2), (3, 1), (2, 4)])
+def test_sharded_evaluation_of_a_stream_sees_every_image_once(shards, world_size, workers):
+    shares = validation(shards, "wds/mine", world_size, workers)
+    assert sorted(sum(shares, [])) == [(number, number % 3) for number in range(35)]
+    assert all(shares)
+
+
+def test_unsharded_evaluation_gives_every_rank_all_images(shards):
+    for share in validation(shards, "wds/mine", 2, 2, sharded=False):
+        assert sorted(number for number, _ in share) == list(range(35))
+
+
+def training(root, seed=0, epoch=0, rank=0, world_size=1, workers=0, first=0, batch_size=4):
+    """The batches of one epoch: [[(number, pixel sum), ...], ...]."""
+    here = env(rank, world_size)
+    transform = pretrain_transform(8, 0.2, 0.5)
+    stream = pretraining_images(root, "wds/mine", "train", transform, here, seed, skip_bad=False)
+    sampler = TrainSampler(len(stream), batch_size, 1, here, seed)
+    sampler.set_epoch(epoch, first)
+    loader = train_loader(stream, sampler, workers, pin_mem=False)
+    assert len(loader) == 80 // (batch_size * world_size)
+    return [numbers(imgs) for imgs, _ in loader]
+
+
+def test_an_epoch_of_a_stream_takes_every_image_once_where_shards_divide(shards):
+    """Two ranks with two workers: 8 shards make two for each worker, 5 batches of 4."""
+    seen = Counter(
+        n for rank in range(2) for batch in training(shards, rank=rank, world_size=2, workers=2) for n in batch
+    )
+    assert sorted(seen) == list(range(80)) and set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_decided_by_seed_and_epoch(shards, workers):
+    first = training(shards, workers=workers)
+    torch.manual_seed(workers)  # state from outside must not matter
+    assert training(shards, workers=workers) == first
+    assert training(shards, workers=workers, epoch=1) != first != training(shards, workers=workers, seed=1)
+    assert training(shards, workers=workers, first=3) == first[3:]  # as after an interruption
+
+
+def test_a_stream_that_ends_early_is_an_error(shards, tmp_path):
+    """Without labels timm's reader skips every image."""
+    with tarfile.open(tmp_path / "train-0000.tar", "w") as tar:
+        for number in range(8):
+            add(tar, f"{number:06d}.png", numbered(number))
+    transform = pretrain_transform(8, 0.2, 0.5)
+    stream = pretraining_images(tmp_path, "wds/mine", "train-0000.tar|8", transform, env(), 0, skip_bad=False)
+    loader = train_loader(stream, TrainSampler(8, 4, 1, env(), 0), 0, pin_mem=False)
+    with pytest.raises(UserError, match=r"ended after 0 of 2 batches: .* 8 images, each with its label"):
+        list(loader)
+
+
+def test_the_documented_way_to_pack_shards_gives_every_image_back(tmp_path, monkeypatch):
+    """The program in PRETRAIN.md, on a small folder."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
+    for number in range(12):
+        path = tmp_path / ("train" if number < 8 else "val") / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(numbered(number))
+    program = program.replace("/data/imagenet-wds", str(tmp_path / "shards")).replace("/data/imagenet", str(tmp_path))
+    exec(program.replace("100e6", "200"), {})  # several shards of these small files
+    assert len(list((tmp_path / "shards").glob("train-*.tar"))) > 1
+    shares = validation(tmp_path / "shards", "wds/imagenet", 2, 1)
+    assert sorted(sum(shares, [])) == [(number, number % 3) for number in range(8, 12)]
+    transform = pretrain_transform(8, 1.0, 0.0)
+    stream = pretraining_images(tmp_path / "shards", "wds/imagenet", "train", transform, env(), 0, skip_bad=False)
+    loader = train_loader(stream, TrainSampler(len(stream), 4, 1, env(), 0), 0, pin_mem=False)
+    assert sorted(n for imgs, _ in loader for n in numbers(imgs)) == list(range(8))
+
+
+# by number
+
+
+def write_tars(root: Path, how: str) -> None:
+    """train and val of numbered images in classes ant, bee and cat: one tar file a split, or one a class."""
+    for split, first, last in (("train", 0, 24), ("val", 24, 33)):
+        if how == "one tar a class":
+            (root / split).mkdir()
+        for label, name in enumerate(("ant", "bee", "cat")):
+            path = root / split / f"{name}.tar" if how == "one tar a class" else root / f"{split}.tar"
+            with tarfile.open(path, "a") as tar:
+                for number in range(first, last):
+                    if number % 3 == label:
+                        add(
+                            tar,
+                            f"{number}.png" if how == "one tar a class" else f"{name}/{number}.png",
+                            numbered(number),
+                        )
+
+
+def write_hugging_face(root: Path, _) -> None:
+    """A dataset of parquet files, which `datasets` reads without a network."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])})
+    for split, first, last in (("train", 0, 24), ("validation", 24, 33)):
+        rows = {"image": [{"bytes": numbered(i), "path": None} for i in range(first, last)]}
+        rows["label"] = [i % 3 for i in range(first, last)]
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(root / f"{split}-00000-of-00001.parquet"))
+
+
+KINDS = {
+    "one tar a split": (write_tars, "tar", "val"),
+    "one tar a class": (write_tars, "tar", "val"),
+    "hugging face": (write_hugging_face, "hfds/{root}", "validation"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_readers_by_number_give_every_image_with_its_label(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    write, name, val_split = KINDS[kind]
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", kind)
+    name, root = name.format(root=tmp_path / "data"), str(tmp_path / "data")
+    root = None if name.startswith("hfds") else root
+    transforms = (pretrain_transform(8, 1.0, 0.0), eval_transform(8))
+    train, val = labelled_images(root, name, ("train", val_split), transforms, 3, env(), False, 0, False)
+    loader = train_loader(train, TrainSampler(len(train), 4, 1, env(), 0), num_workers=2, pin_mem=False)
+    seen = [pair for imgs, labels in loader for pair in zip(numbers(imgs), labels.tolist(), strict=True)]
+    assert sorted(seen) == [(i, i % 3) for i in range(24)] and seen != sorted(seen)
+    seen = [pair for imgs, labels in eval_loader(val, 4, env(), False, 1, False)
+            for pair in zip(numbers(imgs), labels.tolist(), strict=True)]  # fmt: skip
+    assert sorted(seen) == [(i, i % 3) for i in range(24, 33)]
+
+
+def test_a_broken_file_in_a_tar_is_named(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "ant/good.png", numbered(5))
+        add(tar, "bee/bad.png", numbered(5)[:40])
+    images = pretraining_images(tmp_path, "tar", "train", eval_transform(8), env(), 0, skip_bad=False)
+    with pytest.raises(UserError, match="cannot decode .*bee/bad.png"):
+        [images[i] for i in range(2)]
+    images = pretraining_images(tmp_path, "tar", "train", eval_transform(8), env(), 0, skip_bad=True)
+    assert [images[i][2] for i in range(2)] == [0, 0] and images.take_bad() == ["bee/bad.png"]
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "words"),
+    [
+        ("webdataset/mine", "train", "--dataset webdataset/mine is not known: use one of tar, hfds/NAME, wds/NAME"),
+        ("tar/mine", "train", "--dataset tar/mine is not known"),
+        ("wds/mine", "trian", "split trian not found"),
+        ("tar", "trian", "neither trian.tar nor a folder trian"),
+        ("hfds//no/such/folder", "train", "cannot be opened"),
+        ("wds/mine", "train-0000.tar", "num_samples not specified"),
+    ],
+)
+def test_a_dataset_that_cannot_be_opened_is_an_error_that_says_why(name, split, words, shards, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=words):
+        pretraining_images(shards, name, split, eval_transform(8), env(), 0, skip_bad=False)
+
+
+def test_a_label_without_a_class_is_an_error(shards):
+    _, val = labelled_images(shards, "wds/mine", ("train", "val"), (None, eval_transform(8)), 2, env(), False, 0, False)
+    with pytest.raises(UserError, match="an image has label 2, but --nb_classes is 2"):
+        list(eval_loader(val, 4, env(), False, num_workers=0, pin_mem=False))
+
+
+def test_a_stream_cannot_be_decoded_on_the_gpu(shards):
+    stream = pretraining_images(shards, "wds/mine", "train", pretrain_transform(8, 0.2, 0.5), env(), 0, skip_bad=False)
+    with pytest.raises(UserError, match="--decode cuda"):
+        train_loader(stream, TrainSampler(80, 4, 1, env(), 0), 0, pin_mem=False, decode="cuda")
+
+
+# scripts
+
+TINY = (*ON_CPU, "--dataset", "wds/mine", "--input_size", 16, "--batch_size", 4, "--num_workers", 2)
+
+
+@pytest.mark.slow
+def test_all_scripts_train_and_evaluate_on_shards_in_two_processes(shards, tmp_path):
+    data = ("--data_path", shards)
+    torchrun("main_pretrain.py", *TINY, *data, "--model", "mae_vit_tiny_patch4", "--epochs", 1, "--warmup_epochs", 0,
+             "--output_dir", tmp_path / "pretrain", "--log_dir", "")  # fmt: skip
+    weights = tmp_path / "pretrain" / "checkpoint-0.pth"
+    classifier = (*TINY, *data, "--model", "vit_tiny_patch4", "--nb_classes", 3, "--dist_eval", "--log_dir", "")
+    for script in ("main_finetune.py", "main_linprobe.py"):
+        out = tmp_path / script
+        done = torchrun(script, *classifier, "--finetune", weights, "--epochs", 1, "--warmup_epochs", 0,
+                        "--output_dir", out)  # fmt: skip
+        assert "Accuracy of the network on the 35 test images" in done.stdout
+        alone = run(script, *classifier, "--eval", "--resume", out / "checkpoint-0.pth", "--output_dir", "")
+        figures = [line for line in done.stdout.splitlines() if line.startswith("* Acc@1")]
+        assert figures and figures[-1] in alone.stdout
+    assert not os.path.exists(tmp_path / "pretrain" / "checkpoint-1.pth")

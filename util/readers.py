@@ -1,0 +1,172 @@
+"""--dataset: images from timm's readers: WebDataset shards, Hugging Face or TensorFlow datasets, tar files.
+
+Readers of the first kind give any image by its number (tar, hfds/NAME) and are treated like files in folders. Streams
+(wds/NAME, hfids/NAME, tfds/NAME) are read from one end to the other, each process and loader worker its own part:
+their order and augmentation come from (seed, epoch), but change with the number of processes and workers.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data.readers import create_reader
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+from util import rng
+from util.datasets import Images, classification_files, list_images
+from util.dist import Dist
+from util.errors import UserError
+
+STREAMS = ("wds", "hfids", "tfds")
+KINDS = ("tar", "hfds", *STREAMS)
+
+
+class ReaderImages(Images):
+    """Images of a reader that gives any of them by its number. Labels from `nb_classes` on raise UserError."""
+
+    def __init__(self, reader: Reader, nb_classes: int | None, *args) -> None:
+        super().__init__(range(len(reader)), *args)
+        self.reader, self.nb_classes = reader, nb_classes
+
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
+        """The image's file [n_bytes] uint8, and its label."""
+        file, label = self.reader[index]
+        with file:
+            data = torch.from_numpy(np.frombuffer(bytearray(file.read()), np.uint8))
+        check_label(label, self.nb_classes)
+        return data, -1 if label is None else int(label)
+
+    def name(self, index: int) -> str:
+        """Where the image is, for messages."""
+        return str(self.reader.filename(index))
+
+
+class Stream:
+    """Images that come in the order of a reader, for one process of `world_size`; see `iterate`.
+
+    `open_reader(seed)` opens it anew, which happens once for each worker and epoch, so that nothing is carried along.
+    """
+
+    def __init__(
+        self, open_reader: Callable[[int], Reader], transform: Callable, seed: int, training: bool,
+        nb_classes: int | None, rank: int, world_size: int,
+    ) -> None:  # fmt: skip
+        self.open_reader, self.transform, self.seed, self.training = open_reader, transform, seed, training
+        self.nb_classes, self.rank, self.world_size = nb_classes, rank, world_size
+        self.n_images = open_reader(seed).num_samples or 0
+
+    def __len__(self) -> int:
+        """Images over all processes, as the dataset itself says; 0 where it does not."""
+        return self.n_images
+
+    def iterate(self, epoch: int) -> Iterator[tuple[torch.Tensor, bool, int]]:
+        """This process's (and this loader worker's) images: (uint8 [h, w, 3], to be mirrored, label)."""
+        info = torch.utils.data.get_worker_info()
+        worker, n_workers = (info.id, info.num_workers) if info else (0, 1)
+        reader = self.open_reader(self.seed)
+        reader.dist_rank, reader.dist_num_replicas = self.rank, self.world_size
+        if not self.training and hasattr(reader, "split_info") and hasattr(reader.split_info, "filenames"):
+            # WebDataset's reader pads the processes' shares to one length, so some images would count twice
+            reader.split_info.filenames = reader.split_info.filenames[self.rank :: self.world_size]
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+        reader.set_epoch(epoch)
+        for count, (image, label) in enumerate(reader):
+            check_label(label, self.nb_classes)
+            rng.seed_sample(self.seed, epoch, (count * n_workers + worker) * self.world_size + self.rank)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            yield *self.transform(pixels), int(label)
+
+    def take_bad(self) -> list[str]:
+        """None: the readers skip what they cannot decode and say so themselves."""
+        return []
+
+
+def pretraining_images(
+    root: str | None, name: str, split: str, transform: Callable, env: Dist, seed: int, skip_bad: bool
+) -> Images | Stream:
+    """All images of `root`/train or below `root`; with `name`, those of `split` of a dataset. Labels don't matter.
+
+    Raises UserError where there are none.
+    """
+    if name:
+        return _open(name, root, split, transform, env, seed, skip_bad, training=True)
+    if not root:
+        raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
+    folder = Path(root) / "train"
+    return Images(list_images(folder if folder.is_dir() else root), transform, seed, skip_bad)
+
+
+def labelled_images(
+    root: str | None, name: str, splits: tuple[str, str], transforms: tuple[Callable | None, Callable],
+    nb_classes: int, env: Dist, sharded: bool, seed: int, skip_bad: bool,
+) -> tuple[Images | Stream | None, Images | Stream]:  # fmt: skip
+    """(To train on, to validate): `root`/train and val, or with `name` two `splits` of a dataset.
+
+    The former is None where it has no transform. `sharded` evaluation takes its own part in each process. Raises
+    UserError where images are missing, or the classes do not fit one another or `nb_classes`.
+    """
+    train_transform, val_transform = transforms
+    if not name:
+        train_files, val_files = classification_files(root, nb_classes, with_train=train_transform is not None)
+        train_set = train_transform and Images(train_files, train_transform, seed, skip_bad)
+        return train_set, Images(val_files, val_transform, seed, skip_bad)
+    options = {"seed": seed, "skip_bad": skip_bad, "nb_classes": nb_classes}
+    if sharded and env.world_size > 1 and name.startswith("tfds/"):
+        raise UserError(f"--dataset {name}: its reader repeats images in --dist_eval: leave that option out")
+    val_env = env if sharded else Dist(env.device)
+    val_set = _open(name, root, splits[1], val_transform, val_env, training=False, **options)
+    if train_transform is None:
+        return None, val_set
+    return _open(name, root, splits[0], train_transform, env, training=True, **options), val_set
+
+
+def _open(
+    name: str, root: str | None, split: str, transform: Callable, env: Dist, seed: int, skip_bad: bool,
+    training: bool, nb_classes: int | None = None,
+) -> Images | Stream:  # fmt: skip
+    """One split of a dataset. Raises UserError with the reader's own words where it cannot be opened."""
+    kind = name.split("/")[0].lower()
+    if kind not in KINDS or (kind == "tar") != (name == "tar"):
+        forms = ["tar", *(f"{other}/NAME" for other in KINDS[1:])]
+        raise UserError(f"--dataset {name} is not known: use one of {', '.join(forms)}")
+    try:
+        if kind in STREAMS:
+            opener = _StreamOpener(name, root, split, training)
+            stream = Stream(opener, transform, seed, training, nb_classes, env.rank, env.world_size)
+            if training and not len(stream):
+                raise ValueError("it does not tell its number of images")
+            return stream
+        reader = ReaderImageInTar(_tar_root(root, split)) if kind == "tar" else create_reader(name, root, split=split)
+    except Exception as error:  # each library raises what it likes
+        raise UserError(
+            f"--dataset {name} (--data_path {root}, split {split!r}) cannot be opened: {type(error).__name__}: {error}"
+        ) from error
+    if len(reader) == 0:
+        raise UserError(f"--dataset {name} (--data_path {root}, split {split!r}) holds no images")
+    return ReaderImages(reader, nb_classes, transform, seed, skip_bad)
+
+
+class _StreamOpener:
+    """seed -> reader; a class, so that spawned workers can be given it."""
+
+    def __init__(self, name: str, root: str | None, split: str, training: bool) -> None:
+        self.options = {"name": name, "root": root, "split": split, "is_training": training}
+
+    def __call__(self, seed: int) -> Reader:
+        return create_reader(**self.options, seed=seed)
+
+
+def _tar_root(root: str | None, split: str) -> str:
+    """FOLDER/train.tar with class folders inside, or FOLDER/train/ with one tar file a class."""
+    for path in (Path(root or "") / f"{split}.tar", Path(root or "") / split):
+        if root and path.exists():
+            return str(path)
+    raise FileNotFoundError(f"there is neither {split}.tar nor a folder {split}")
+
+
+def check_label(label: int | None, nb_classes: int | None) -> None:
+    """Raise UserError for a label that the classifier has no class for. `nb_classes` None takes any."""
+    if nb_classes is not None and not (label is not None and 0 <= label < nb_classes):
+        raise UserError(f"an image has label {label}, but --nb_classes is {nb_classes}: pass the number of classes")
