@@ -3,6 +3,8 @@
 import os
 import re
 import subprocess
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,15 +49,48 @@ def init_distributed(device: str = "auto", dist_url: str = "env://", timeout_min
     place = _pick_device(device, local_rank)
     if place.type == "mps":
         raise UserError("--device mps trains in a single process: start it without a launcher, or with --device cpu")
+    timeout = timedelta(minutes=timeout_minutes)
+    restartable = dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     torch.distributed.init_process_group(
         backend="nccl" if place.type == "cuda" else "gloo",
-        init_method=dist_url,
+        **({"store": _fresh_store(rank, world_size, timeout)} if restartable else {"init_method": dist_url}),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         device_id=place if place.type == "cuda" else None,
     )
     return Dist(place, rank, local_rank, world_size, local_world_size)
+
+
+def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> torch.distributed.Store:
+    """The store of torchrun's agent, below a name that no earlier life of the workers has used.
+
+    The agent keeps one store over all restarts, and in it the addresses of dead workers, which new ones then call in
+    vain (pytorch issue 135712); its count of restarts differs between nodes, so it is no such name. Here rank 0 makes
+    one up and hands it to those alone who show that they are alive: it repeats to each what that one has just said.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    mine, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    others, name = set(range(1, world_size)) if rank == 0 else {0}, mine
+    store.set(f"hello/{rank}", mine)
+    while others:
+        if time.monotonic() > end:
+            raise TimeoutError(f"rank {rank} waited {timeout} for ranks {sorted(others)[:8]} to start")
+        for other in list(others):
+            if rank == 0:
+                store.set(f"welcome/{other}", read(f"hello/{other}") + mine)
+                others -= {other} if read(f"ready/{other}") == mine else set()
+            elif (welcome := read(f"welcome/{rank}")).startswith(mine):
+                name = welcome.removeprefix(mine)
+                store.set(f"ready/{rank}", name)
+                others.clear()
+        time.sleep(0.02)
+    return torch.distributed.PrefixStore(name, store)
 
 
 def available_cores() -> int:

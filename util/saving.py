@@ -210,9 +210,10 @@ class Saver:
         try:
             save(path, state)
             megabytes, self.best = path.stat().st_size / 1e6, state.get("best")
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:
             self.failed = True
-            reason = str(error).split("\n")[0]
+            # torch's writer turns a full disk into an error of its own
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
             log.error(f"{path} COULD NOT BE SAVED ({reason}); training goes on, the next save will try again")
             return
         log.debug(f"saved {path}: {megabytes:.1f} MB in {time.monotonic() - start:.2f} s")
