@@ -1,7 +1,6 @@
 """From files to pixels: what torchvision decodes must be what Pillow decodes."""
 
 import io
-import zlib
 
 import numpy as np
 import pytest
@@ -55,16 +54,16 @@ FILES = {
     "jpeg grey": ("L", stored(GREY, "jpeg"), True),
     "jpeg cmyk": ("CMYK", stored(PHOTO.convert("CMYK"), "jpeg"), False),
     "jpeg one pixel": ("RGB", stored(PHOTO.resize((1, 1)), "jpeg"), True),
-    "png": ("RGB", stored(PHOTO, "png"), True),
-    "png grey": ("L", stored(GREY, "png"), True),
-    "png 1 bit": ("1", stored(GREY.convert("1"), "png"), True),
+    "png": ("RGB", stored(PHOTO, "png"), False),
+    "png grey": ("L", stored(GREY, "png"), False),
+    "png 1 bit": ("1", stored(GREY.convert("1"), "png"), False),
     "png palette": ("P", stored(PHOTO.convert("P"), "png"), False),
     "png palette of 2 bits": ("P", stored(PHOTO.quantize(4), "png", bits=2), False),
     "png transparent palette": ("P", stored(transparent_palette(), "png"), False),
-    "png transparent colour": ("RGB", stored(PHOTO, "png", transparency=PHOTO.getpixel((5, 5))), True),
-    "png alpha": ("RGBA", stored(with_alpha(PHOTO), "png"), True),
-    "png grey alpha": ("LA", stored(with_alpha(GREY), "png"), True),
-    "png animated": ("RGB", stored(PHOTO, "png", save_all=True, append_images=FRAMES), True),
+    "png transparent colour": ("RGB", stored(PHOTO, "png", transparency=PHOTO.getpixel((5, 5))), False),
+    "png alpha": ("RGBA", stored(with_alpha(PHOTO), "png"), False),
+    "png grey alpha": ("LA", stored(with_alpha(GREY), "png"), False),
+    "png animated": ("RGB", stored(PHOTO, "png", save_all=True, append_images=FRAMES), False),
     "webp": ("RGB", stored(PHOTO, "webp", quality=80), True),
     "webp lossless": ("RGB", stored(PHOTO, "webp", lossless=True), True),
     "webp alpha": ("RGBA", stored(with_alpha(PHOTO), "webp", lossless=True), True),
@@ -138,9 +137,9 @@ def test_a_truncated_file_is_refused_as_pillow_refuses_it(kind, share):
 
 
 def test_a_header_that_promises_gigabytes_is_refused_before_decoding(monkeypatch):
-    data = bytearray(stored(PHOTO, "png"))
-    data[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    data = bytearray(stored(PHOTO, "jpeg"))
+    frame = data.index(b"\xff\xc0")  # marker, length, precision, height, width
+    data[frame + 5 : frame + 9] = (60_000).to_bytes(2, "big") * 2
     monkeypatch.setattr(decoding, "_BOMB_BYTES", 100)
     monkeypatch.setattr(decoding, "decode_image", lambda *args, **kwargs: pytest.fail("decoded"))
     with pytest.raises(Image.DecompressionBombError):
