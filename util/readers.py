@@ -18,6 +18,7 @@ from util import rng
 from util.datasets import Images, classification_files, list_images
 from util.dist import Dist
 from util.errors import UserError
+from util.log import log
 
 STREAMS = ("wds", "hfids", "tfds")
 KINDS = ("tar", "hfds", *STREAMS)
@@ -95,7 +96,9 @@ def pretraining_images(
     if not root:
         raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
     folder = Path(root) / "train"
-    return Images(list_images(folder if folder.is_dir() else root), transform, seed, skip_bad)
+    folder = folder if folder.is_dir() else Path(root)
+    log.info(f"training on the images below {folder}")
+    return Images(list_images(folder), transform, seed, skip_bad)
 
 
 def labelled_images(
