@@ -1,8 +1,8 @@
 """How fast images get from disk to the device: python -m benchmarks.dataloader
 
 Photographs (scikit-image's, written as 500 x 375 JPEGs; or those of --data_path) go through the pretraining
-augmentation to 224 pixels, by
-  plain         torchvision's recipe: Pillow decodes, RandomResizedCrop (bicubic), flip, ToTensor, Normalize
+augmentation (or --recipe finetune) to 224 pixels, by
+  plain         the libraries' recipe: Pillow decodes, RandomResizedCrop (bicubic), flip, ToTensor, Normalize
   timm          timm's loader: Pillow decodes, crops and flips; the device normalises
   ours, uint8   the loader processes' part of ours: pixels decoded, cropped and resized, in batches on the host
   ours          this project's loader: the device also mirrors and normalises
@@ -30,12 +30,12 @@ from torchvision.datasets import ImageFolder
 
 import models_mae
 from benchmarks import common
-from benchmarks.rivals import plain_recipe, pretraining_step
+from benchmarks.rivals import RANDAUGMENT, plain_recipe, pretraining_step
 from util import datasets
 from util.decode import decode
 from util.dist import Dist, available_cores
 from util.loader import train_loader
-from util.transforms import pretrain_transform
+from util.transforms import finetune_transform, pretrain_transform
 
 SIDE = 224
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
@@ -47,7 +47,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_path or write_photographs(Path(folder), args.images)
-        loaders = make_loaders(root, args.batch_size, args.num_workers, device)
+        loaders = make_loaders(args.recipe, root, args.batch_size, args.num_workers, device)
         rivals = {name: functools.partial(one_pass, *loader) for name, loader in loaders.items()}
         if args.model:
             step = pretraining_step(args.model, device)
@@ -76,6 +76,8 @@ def get_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data_path", type=Path, help="folder of class folders of images (default: scikit-image's photographs)")
     add("--images", type=int, default=512, help="photographs to write where --data_path is not given (default: 512)")
+    add("--recipe", default="pretrain", choices=["pretrain", "finetune"],
+        help="the augmentation; finetune has RandAugment and random erasing (default: pretrain)")  # fmt: skip
     add("--batch_size", type=int, default=64, help="images in a batch (default: 64)")
     add("--num_workers", type=int, default=available_cores(),
         help="loader processes; 0: the main process, as one core (default: the machine's cores)")  # fmt: skip
@@ -121,23 +123,29 @@ class Synthetic:
         return ((imgs, None) for imgs in self.batches)
 
 
+TIMM_OPTIONS = {
+    "pretrain": {"scale": (0.2, 1.0)},
+    "finetune": {"auto_augment": RANDAUGMENT, "re_prob": 0.25, "re_mode": "pixel"},
+}
 Loader = tuple[Iterable, Callable[[int], None] | None]
 
 
-def make_loaders(root: Path, batch_size: int, num_workers: int, device: torch.device) -> dict[str, Loader]:
+def make_loaders(recipe: str, root: Path, batch_size: int, num_workers: int, device: torch.device) -> dict[str, Loader]:
     """Name -> (what yields batches, what tells it the epoch)."""
     workers = {"batch_size": batch_size, "num_workers": num_workers, "persistent_workers": num_workers > 0}
-    pinned = {"pin_memory": device.type == "cuda", "drop_last": True, "shuffle": True}
-    plain = DataLoader(ImageFolder(str(root), plain_recipe(SIDE)), **workers, **pinned)
+    shuffled = {"pin_memory": device.type == "cuda", "drop_last": True, "shuffle": True}
+    plain = DataLoader(ImageFolder(str(root), plain_recipe(recipe, SIDE)), **workers, **shuffled)
     timm_loader = create_loader(
-        ImageDataset(str(root)), (3, SIDE, SIDE), batch_size, is_training=True, scale=(0.2, 1.0), color_jitter=None,
-        interpolation="bicubic", num_workers=num_workers, device=device, pin_memory=pinned["pin_memory"],
-        persistent_workers=num_workers > 0,
+        ImageDataset(str(root)), (3, SIDE, SIDE), batch_size, is_training=True, color_jitter=None, device=device,
+        interpolation="bicubic", num_workers=num_workers, persistent_workers=num_workers > 0,
+        pin_memory=device.type == "cuda", **TIMM_OPTIONS[recipe],
     )  # fmt: skip
     files, _ = datasets.list_classes(root)
     loaders: dict[str, Loader] = {"plain": (plain, None), "timm": (timm_loader, None)}
     sampler = datasets.TrainSampler(len(files), batch_size, 1, Dist(device), seed=0)
-    images = datasets.Images(files, pretrain_transform(SIDE, crop_min=0.2, hflip=0.5))
+    finetune = recipe == "finetune"
+    transform = finetune_transform(SIDE, None, RANDAUGMENT) if finetune else pretrain_transform(SIDE, 0.2, 0.5)
+    images = datasets.Images(files, transform)
     ours = train_loader(images, sampler, num_workers, pin_mem=True)
     loaders["ours, uint8"] = (ours.loader, sampler.set_epoch)
     loaders["ours"] = (ours, sampler.set_epoch)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.layers import Attention
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -22,8 +22,18 @@ from util.step import Step, autocast_dtype
 TrainStep = Callable[[torch.Tensor], None]
 
 
-def plain_recipe(side: int) -> T.Compose:
-    """torchvision's own pipeline for the pretraining augmentation: PIL image -> [3, side, side]."""
+RANDAUGMENT = "rand-m9-mstd0.5-inc1"
+
+
+def plain_recipe(recipe: str, side: int) -> T.Compose:
+    """A library's own pipeline, with Pillow throughout: PIL image -> [3, side, side].
+
+    `recipe`: pretrain (torchvision's transforms) or finetune (timm's, with RandAugment and random erasing).
+    """
+    if recipe == "finetune":
+        return create_transform(
+            side, is_training=True, auto_augment=RANDAUGMENT, interpolation="bicubic", re_prob=0.25, re_mode="pixel"
+        )
     crop = T.RandomResizedCrop(side, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC)
     normalise = T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])

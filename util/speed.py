@@ -1,6 +1,7 @@
 """What makes a step fast without changing its mathematics: matmul settings, compilation, gradient checkpointing."""
 
 import torch
+from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -28,5 +29,28 @@ def prepare(model: nn.Module, compile_: str, grad_checkpointing: bool, device: t
     torch._dynamo.config.suppress_errors = compile_ == "auto"
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
-        block.compile()
+        for name in ("drop_path1", "drop_path2"):
+            if isinstance(module := getattr(block, name), DropPath):
+                setattr(block, name, SharedDropPath(module.drop_prob, device))
+        # encoder and decoder have lengths of their own, each worth code of its own: dynamic code would be slower
+        block.compile(dynamic=False)
     log.info(f"{len(blocks)} blocks will be compiled in the first step")
+
+
+class SharedDropPath(nn.Module):
+    """[N, L, D] -> [N, L, D]: stochastic depth, as timm's DropPath, with the probability in a tensor.
+
+    timm's is a Python number, another in each block, and the compiler makes new code for each: at the eighth it gives
+    up, and the rest of the blocks run uncompiled.
+    """
+
+    def __init__(self, drop_prob: float, device: torch.device) -> None:
+        super().__init__()
+        self.keep = torch.tensor(1 - drop_prob, device=device)  # no buffer: DDP would send it in every step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Leave out samples at random, and scale the others so that the mean stays; in training alone."""
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
