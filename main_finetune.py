@@ -11,7 +11,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, flops, loader, readers, rng, speed
+from util import checkpoint, cli, datasets, flops, loader, readers, record, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -96,10 +96,14 @@ def main(args: argparse.Namespace) -> None:
         args.nb_classes, env, args.dist_eval, args.seed, args.skip_bad_images,
     )  # fmt: skip
     num_workers = loader.available_workers(args.num_workers, env)
-    val_loader = loader.eval_loader(val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem)
+    val_loader = loader.eval_loader(
+        val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem, args.loader_timeout
+    )
     if not args.eval:
         sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
-        train_loader = loader.train_loader(train_set, sampler, num_workers, args.pin_mem, args.decode)
+        train_loader = loader.train_loader(
+            train_set, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout
+        )
         log.info(f"{len(train_set)} images to train, {len(val_set)} to validate, {len(train_loader)} batches an epoch")
 
     # model
@@ -157,6 +161,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # training
+    record.append(env, args)
     with Saver(env, args, model, optimizer, step.scaler) as saver:
         start = saver.resume()
         run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)

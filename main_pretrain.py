@@ -7,7 +7,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, flops, loader, readers, rng, speed
+from util import cli, datasets, flops, loader, readers, record, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.log import RunLog, log, setup_logging
 from util.lr_sched import Schedule, scaled_lr
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     )
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = loader.available_workers(args.num_workers, env)
-    train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode)
+    train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout)
     log.info(f"{len(dataset)} training images, {len(train_loader)} batches an epoch")
 
     # model
@@ -80,6 +80,7 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # training
+    record.append(env, args)
     with Saver(env, args, model, optimizer, step.scaler, milestones=20) as saver:
         start = saver.resume()
         run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)

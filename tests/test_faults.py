@@ -164,6 +164,34 @@ def test_read_only_folder_stops_no_training_and_a_later_save_succeeds(tmp_path):
     assert load(out / "checkpoint-1.pth")["epoch"] == 1
 
 
+def test_killed_loader_worker_is_a_named_error(tmp_path):
+    """As the kernel does where memory runs out."""
+    write_image_folder(tmp_path / "images", n_train=40, n_val=1)
+    process = start(tmp_path, tmp_path / "out", "--num_workers", 1, "--epochs", 50)
+    try:
+        until(lambda: "Epoch: [0]" in said(tmp_path / "out"))
+        (worker,) = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()]
+        os.kill(worker, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1, output
+    assert "error: a loader worker died" in output and "lower --num_workers" in output
+
+
+def test_stalled_disk_is_a_named_error_and_no_hang(tmp_path):
+    """Opening a pipe that nobody writes to waits for ever, as a network disk may."""
+    write_image_folder(tmp_path / "images", n_train=40, n_val=1)
+    os.mkfifo(tmp_path / "images" / "train" / "ant" / "z.png")
+    process = start(tmp_path, tmp_path / "out", "--num_workers", 1, "--loader_timeout", 3)
+    try:
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 1, output
+    assert "error: no image came (DataLoader timed out after 3" in output and "--loader_timeout" in output
+
+
 def test_file_size_limit_stops_no_training_and_a_later_save_succeeds(tmp_path):
     """A quota, without the right to mount anything."""
     write_image_folder(tmp_path / "images", n_train=40, n_val=1)

@@ -5,23 +5,29 @@ import json
 import logging
 import os
 import re
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same, load, project_log
+from helpers import ROOT, assert_same, load, project_log, write_image
 from test_scripts import CLASSIFY, FINETUNE, LINPROBE, PRETRAIN, images, log_txt, train  # noqa: F401
 from torch import nn
 
 import main_pretrain
 from util import checkpoint, saving
+from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
 from util.errors import UserError
+from util.loader import explain
 from util.log import NonFiniteLossError, Part, RunLog
 from util.resume import Start, checkpoints, newest, refuse_second_run, resume
 from util.saving import Saver, save
 from util.signals import Stopped
+from util.transforms import eval_transform
 
 ENV = Dist(torch.device("cpu"))
 OPTIONS = {
@@ -519,6 +525,46 @@ def test_log_txt_waits_for_a_disk_that_is_full(tmp_path, monkeypatch):
     run_log.path = tmp_path / "log.txt"
     run_log.write({"epoch": 1})
     assert run_log.path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+
+
+# what a run was
+
+
+def test_every_start_is_recorded(images, tmp_path):  # noqa: F811
+    args = (*PRETRAIN, "--data_path", images, "--epochs", 1, "--seed", 7)
+    train("pretrain", tmp_path, *args)
+    train("pretrain", tmp_path, *args, "--resume", "auto")
+    first, second = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert first["args"]["seed"] == 7 and (first["args"]["resume"], second["args"]["resume"]) == ("", "auto")
+    assert first["command"] == sys.argv and first["versions"]["torch"] == torch.__version__
+    assert first["hosts"] == [f"{socket.gethostname()}: cpu"]
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (first["git"] or {"revision": ""})["revision"] == head
+
+
+# images that fail
+
+
+@pytest.mark.parametrize("how", ["truncated", "deleted"])
+def test_image_that_fails_after_listing_is_named_or_skipped_and_counted(how, tmp_path):
+    for i in range(4):
+        write_image(tmp_path / f"{i}.jpg", i)
+    files, bad = list_images(tmp_path), tmp_path / "1.jpg"
+    bad.write_bytes(bad.read_bytes()[:300]) if how == "truncated" else bad.unlink()
+    with pytest.raises(UserError, match="1.jpg.*--skip_bad_images"):
+        Images(files, eval_transform(32))[1]
+    skipping = Images(files, eval_transform(32), skip_bad=True)
+    assert torch.equal(torch.as_tensor(skipping[1][0]), torch.as_tensor(skipping[2][0]))
+    with project_log() as lines:
+        report_bad(skipping)
+    assert "skipped 1 images" in lines[0] and str(bad) in lines[0]
+
+
+def test_errors_of_loader_workers_are_told_from_others():
+    killed = RuntimeError("DataLoader worker (pid 4) is killed by signal: Killed. ")
+    assert "lower --num_workers" in explain(killed)
+    assert "--loader_timeout" in explain(RuntimeError("DataLoader timed out after 3 seconds"))
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 # a run that is stopped within an epoch, by the script's own way

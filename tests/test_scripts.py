@@ -369,7 +369,12 @@ def test_tensorboard_may_be_elsewhere_or_nowhere(images, tmp_path):
     train("pretrain", None, *args, "--log_dir", tmp_path / "board")
     assert set(curves(tmp_path / "board")) == {"train_loss", "lr", "images_per_second"}
     train("pretrain", None, *args, "--log_dir", "", "--resume", "auto")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-0.pth", "log.txt", "train.log"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoint-0.pth",
+        "log.txt",
+        "runs.jsonl",
+        "train.log",
+    ]
 
 
 def test_next_run_closes_the_log_of_the_last(tmp_path):

@@ -8,8 +8,11 @@ from typing import NoReturn
 
 from util.dist import shutdown
 from util.errors import UserError
-from util.log import log
+from util.loader import explain
+from util.log import NonFiniteLossError, log
 from util.signals import Stopped
+
+EXIT_NOT_FINITE = 3
 
 
 class _Help(argparse.HelpFormatter):
@@ -35,12 +38,21 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call `main(args)`; a UserError ends the process with its message alone and exit code 2.
 
-    After a signal it ends with 75 where the state is saved, else with 1.
+    A loss that is not finite gives exit code 3. After a signal it is 75 where the state is saved, else 1.
     """
     try:
         main(args)
     except UserError as error:
         fail(error)
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        shutdown()
+        sys.exit(EXIT_NOT_FINITE)
+    except RuntimeError as error:
+        if (message := explain(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except Stopped as stopped:
         log.info(str(stopped))
         shutdown()
@@ -198,6 +210,8 @@ def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, label
         "--color_jitter; validation images always take the CPU)")  # fmt: skip
     add("--num_workers", default=10, type=count, metavar="N",
         help="loader workers per process; capped at the process's share of the cores")  # fmt: skip
+    add("--loader_timeout", default=600.0, type=not_negative, metavar="SECONDS",
+        help="seconds a batch may take to load before the disk counts as stalled; 0 waits for ever")  # fmt: skip
     add("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to a GPU")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory (default: off)")
 

@@ -210,6 +210,15 @@ def on_main(env: Dist, action: Callable[[], Any]) -> Any:
     return result
 
 
+def gather_on_all(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of ranks, on all of them."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give every process the buffers of rank 0 (running statistics), so that all evaluate the same model."""
     if torch.distributed.is_initialized():

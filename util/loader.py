@@ -81,15 +81,27 @@ def _copy_to(batch: list[torch.Tensor], device: torch.device) -> Batch:
     return pixels, mirror, labels
 
 
+def explain(error: RuntimeError) -> str | None:
+    """What to do about an error of the loader's workers; None for other errors."""
+    text = str(error).split("\n")[0].strip()
+    if "DataLoader timed out" in text:
+        return f"no image came ({text}): the disk stalls; mend it, or raise --loader_timeout"
+    if "DataLoader worker" in text:
+        return f"a loader worker died ({text}): most often memory ran out; lower --num_workers or --batch_size"
+    return None
+
+
 def train_loader(
-    dataset: Images | Stream, sampler: TrainSampler, num_workers: int, pin_mem: bool, decode: str = "cpu"
-) -> DeviceLoader:
+    dataset: Images | Stream, sampler: TrainSampler, num_workers: int, pin_mem: bool, decode: str = "cpu",
+    timeout_seconds: float = 0,
+) -> DeviceLoader:  # fmt: skip
     """The batches that `sampler` says, from images in its order or from a stream in the stream's own.
 
     `decode`: cpu, or cuda to leave JPEGs to the GPU; UserError where the device or the recipe does not allow that.
+    Workers that send nothing for `timeout_seconds` (0: any time) raise RuntimeError, which `explain` puts into words.
     """
     device = sampler.env.device
-    options = _worker_options(num_workers, pin_mem, device)
+    options = _worker_options(num_workers, pin_mem, device, timeout_seconds)
     if isinstance(dataset, Stream):
         if decode == "cuda":
             raise UserError(
@@ -106,10 +118,11 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: Images | Stream, batch_size: int, env: Dist, sharded: bool, num_workers: int, pin_mem: bool
-) -> DeviceLoader:
+    dataset: Images | Stream, batch_size: int, env: Dist, sharded: bool, num_workers: int, pin_mem: bool,
+    timeout_seconds: float = 0,
+) -> DeviceLoader:  # fmt: skip
     """Every image once, in order; with `sharded`, once over all ranks together (shares of files differ by one)."""
-    options = _worker_options(num_workers, pin_mem, env.device)
+    options = _worker_options(num_workers, pin_mem, env.device, timeout_seconds)
     if isinstance(dataset, Stream):
         loader = DataLoader(_Pass(dataset, epoch=0), batch_size=batch_size, **options)
         # a guess, for the progress: a stream need not tell its length, and shares are of whole shards
@@ -122,11 +135,12 @@ def eval_loader(
     return DeviceLoader(loader, env.device, n_common=n_common)
 
 
-def _worker_options(num_workers: int, pin_mem: bool, device: torch.device) -> dict:
+def _worker_options(num_workers: int, pin_mem: bool, device: torch.device, timeout_seconds: float) -> dict:
     return {
         "num_workers": num_workers,
         "pin_memory": pin_mem and device.type == "cuda",
         "worker_init_fn": leave_signals_to_the_trainer,
+        "timeout": timeout_seconds if num_workers else 0,
     }
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,13 +68,8 @@ def newest(output_dir: str | Path) -> Path | None:
 
 def _damage(path: Path) -> str | None:
     try:
-        with zipfile.ZipFile(path) as file:
-            bad = file.testzip()  # torch's reader leaves the checksums alone
-        if bad is not None:
-            return f"checksum of {bad} is wrong"
+        path.open("rb").close()
         checkpoint.load(path)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        return str(error) or type(error).__name__
     except UserError as error:
         return error.message
     except OSError as error:
