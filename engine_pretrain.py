@@ -43,7 +43,7 @@ def train_one_epoch(
         update = (i + 1) % step.accum_iter == 0
         loss = step(lambda: model(imgs, mask_ratio=mask_ratio, loss_only=True), update)  # noqa: B023
 
-        progress.add(i, lr=lr, loss=loss)
+        progress.add(i, lr=lr, loss=loss, grad_norm=step.grad_norm if update and step.skips else None)
         saving = update and saver is not None and saver.due()
         if progress.due(i) or saving:  # the only place where the host waits for the device
             for j, values in progress.read():

@@ -84,6 +84,7 @@ NEW = {
     "keep_last": (None,) * 3,
     "async_save": ("auto",) * 3,
     "dist_timeout": (10.0,) * 3,
+    "on_nan": ("stop",) * 3,
     "loader_timeout": (600.0,) * 3,
 }  # fmt: skip
 DEFAULTS |= NEW

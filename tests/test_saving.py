@@ -32,7 +32,7 @@ from util.transforms import eval_transform
 ENV = Dist(torch.device("cpu"))
 OPTIONS = {
     "epochs": 6, "save_every": 1, "save_minutes": None, "keep_last": None, "async_save": "off", "dist_timeout": 10.0,
-    "resume": "", "start_epoch": 0, "batch_size": 4, "accum_iter": 1, "input_size": 32,
+    "on_nan": "stop", "resume": "", "start_epoch": 0, "batch_size": 4, "accum_iter": 1, "input_size": 32,
 }  # fmt: skip
 
 

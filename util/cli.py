@@ -255,6 +255,9 @@ def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None
         help="checkpoints to keep, beside the best and in pretraining every 20th epoch; none keeps all")  # fmt: skip
     add("--async_save", default="auto", choices=["auto", "on", "off"],
         help="write checkpoints beside training, from a copy in main memory; auto: with CUDA")  # fmt: skip
+    add("--on_nan", default="stop", choices=["stop", "skip", "rollback"],
+        help="a step whose loss or gradient is not finite is left out; at the second within 1000 forward passes: stop, "
+        "skip it too, or go back to the last checkpoint and on with other images")  # fmt: skip
     add("--resume", default="", metavar="FILE",
         help="checkpoint to continue: path, https URL, or auto: the newest in output_dir if there is one")  # fmt: skip
     add("--start_epoch", default=0, type=count, metavar="N", help="first epoch, where --resume does not tell it")

@@ -9,7 +9,12 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step on each weight matrix is rescaled to `trust_coefficient` of the matrix's norm.
 
     One-dimensional parameters (biases, norms) get plain SGD with momentum: no weight decay, no rescaling.
+
+    As torch's fused optimizers, it divides gradients by `grad_scale` where that is set, and leaves everything as it is
+    where `found_inf` is 1: loss scaling then needs no word from the host.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -41,7 +46,8 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, param: torch.Tensor, group: dict) -> None:
-        update = param.grad
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        update = param.grad if grad_scale is None else param.grad / grad_scale
         if param.ndim > 1:
             update = update.add(param, alpha=group["weight_decay"])
             param_norm, update_norm = param.norm(), update.norm()
@@ -51,5 +57,10 @@ class LARS(torch.optim.Optimizer):
         state = self.state[param]
         if "mu" not in state:
             state["mu"] = torch.zeros_like(param)
-        state["mu"].mul_(group["momentum"]).add_(update)
-        param.add_(state["mu"], alpha=-group["lr"])
+        if found_inf is None:
+            state["mu"].mul_(group["momentum"]).add_(update)
+            param.add_(state["mu"], alpha=-group["lr"])
+        else:
+            mu = state["mu"] * group["momentum"] + update
+            state["mu"].copy_(torch.where(found_inf > 0, state["mu"], mu))
+            param.copy_(torch.where(found_inf > 0, param, param - group["lr"] * state["mu"]))

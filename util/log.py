@@ -144,7 +144,8 @@ class Progress:
     """Iterates over a loader, keeps each step's values on the device, and reads them once every `every` steps.
 
     Between two reads the device never waits for the host. On a terminal it draws a bar; elsewhere each read is a line.
-    `done` is the part of the epoch that the loader leaves out, because an earlier process did it.
+    `done` is the part of the epoch that the loader leaves out, because an earlier process did it. `judge` decides what
+    happens where a loss or gradient is not finite; without it, and with `reduce`, such a loss raises.
     """
 
     def __init__(
@@ -156,13 +157,15 @@ class Progress:
         reduce: bool = True,
         throughput: Throughput | None = None,
         done: Part | None = None,
+        judge: Callable[[str, list[tuple[int, dict[str, float], float]]], None] | None = None,
     ) -> None:
         done = done or Part()
+        self.judge = judge
         self.loader, self.header, self.every, self.env, self.reduce = loader, header, every, env, reduce
         self.throughput = throughput
         self.rates: dict[str, float] = {}  # of the steps of the last read
         self.total = len(loader)
-        self.pending: list[tuple[int, dict[str, float], torch.Tensor]] = []
+        self.pending: list[tuple[int, dict[str, float], torch.Tensor, torch.Tensor]] = []
         self.windows: dict[str, deque[float]] = {}
         self.first, self.sums, self.counts = done.iteration, dict(done.sums), dict(done.counts)
         self.read_to = self.first  # batches of the epoch that sums and counts hold
@@ -187,9 +190,10 @@ class Progress:
         total = timedelta(seconds=int(elapsed))
         log.info(f"{self.header} Total time: {total} ({elapsed / max(self.total - self.first, 1):.4f} s / it)")
 
-    def add(self, iteration: int, loss: torch.Tensor, **values: float) -> None:
-        """Note one step: its loss, left on the device, and numbers that the host already knows."""
-        self.pending.append((iteration, values, loss))
+    def add(self, iteration: int, loss: torch.Tensor, grad_norm: torch.Tensor | None = None, **values: float) -> None:
+        """Note one step: its loss and gradient norm, left on the device, and numbers that the host already knows."""
+        norm = loss.new_zeros(()) if grad_norm is None else grad_norm
+        self.pending.append((iteration, values, loss, norm))
 
     def due(self, iteration: int) -> bool:
         """True every `every` steps and at the last one."""
@@ -200,21 +204,29 @@ class Progress:
 
         Raises NonFiniteLossError on all ranks together: a NaN on one of them makes the mean NaN.
         """
-        losses = torch.stack([loss for _, _, loss in self.pending]).float()
+        measured = torch.stack([torch.stack([loss.float(), norm.float()]) for _, _, loss, norm in self.pending])
         if self.reduce:
-            losses = mean_over_ranks(losses)
-        steps = [
-            (iteration, {**values, "loss": loss})
-            for (iteration, values, _), loss in zip(self.pending, losses.tolist(), strict=True)
+            measured = mean_over_ranks(measured)
+        judged = [
+            (iteration, {**values, "loss": loss}, norm)
+            for (iteration, values, _, _), (loss, norm) in zip(self.pending, measured.tolist(), strict=True)
         ]
         self.pending.clear()
+        steps = [(iteration, values) for iteration, values, _ in judged]
         for _, values in steps:
             for name, value in values.items():
-                self.windows.setdefault(name, deque(maxlen=20)).append(value)
-                self.sums[name] = self.sums.get(name, 0.0) + value
-                self.counts[name] = self.counts.get(name, 0) + 1
+                window = self.windows.setdefault(name, deque(maxlen=20))
+                self.sums.setdefault(name, 0.0)
+                self.counts.setdefault(name, 0)
+                if math.isfinite(value):  # what is left out of the weights is left out of the means
+                    window.append(value)
+                    self.sums[name] += value
+                    self.counts[name] += 1
         self.read_to = steps[-1][0] + 1
-        self._check_finite(steps)
+        if self.judge:
+            self.judge(self.header, judged)
+        else:
+            self._check_finite(steps)
         self._log_line(steps[-1][0], len(steps))
         return steps
 
@@ -224,7 +236,7 @@ class Progress:
 
     def averages(self) -> dict[str, float]:
         """Name -> mean over all steps read so far."""
-        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+        return {name: self.sums[name] / self.counts[name] if self.counts[name] else math.nan for name in self.sums}
 
     def _check_finite(self, steps: list[tuple[int, dict[str, float]]]) -> None:
         bad = [iteration for iteration, values in steps if not math.isfinite(values["loss"])]
@@ -245,7 +257,8 @@ class Progress:
         parts = [f"{self.header}  [{iteration:>{len(str(self.total))}}/{self.total}]", f"eta: {eta}"]
         for name, window in self.windows.items():
             if name == "loss":
-                parts.append(f"loss: {statistics.median(window):.4f} ({self.sums[name] / self.counts[name]:.4f})")
+                median = statistics.median(window) if window else math.nan
+                parts.append(f"loss: {median:.4f} ({self.averages()[name]:.4f})")
             else:
                 parts.append(f"{name}: {window[-1]:.6f}")
         parts += [f"time: {step_seconds:.4f}", f"data: {data_seconds:.4f}"]

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import resume
+from util import checkpoint, resume
 from util.dist import Dist, on_main, sum_over_ranks
 from util.errors import UserError
 from util.log import NonFiniteLossError, Part, Progress, log
 from util.signals import Signals, Stopped
+from util.strikes import Strikes
 
 BEST = "checkpoint-best.pth"
 KEPT_ANYWAY = 2  # the newest files, of whatever kind: should one be damaged, there is another
@@ -54,7 +55,8 @@ def _flush_folder(folder: Path) -> None:
 
 def check_finite(model: nn.Module, epoch: int) -> None:
     """Raise NonFiniteLossError unless all weights are finite: the last update may have broken what no loss has seen."""
-    finite = torch.stack([param.detach().isfinite().all() for param in model.parameters()]).all()
+    tensors = [*model.parameters(), *model.buffers()]  # running statistics break as weights do
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
     if sum_over_ranks((~finite).float()).item() > 0:
         raise NonFiniteLossError(
             f"weights became non-finite in the last steps of epoch {epoch}, which is not saved. Resume from the last "
@@ -78,7 +80,9 @@ class Saver:
         self.folder = Path(args.output_dir) if env.is_main and args.output_dir else None
         self.asynchronous = args.async_save == "on" or (args.async_save == "auto" and env.device.type == "cuda")
         self.signals, self.stop = Signals(env), set()
+        self.strikes = Strikes(args.on_nan, args.accum_iter, self._roll_back)
         self.max_accuracy, self.best = 0.0, None
+        self.progress: Progress | None = None
         self.saved_at = time.monotonic()
         self.failed = False  # the last save is still owed
         self._patience = args.dist_timeout * 30  # seconds; half of what other ranks wait
@@ -125,8 +129,9 @@ class Saver:
         return start
 
     def begin(self, epoch: int, progress: Progress) -> None:
-        """Tell which epoch is under way, and where it counts what is done of it."""
+        """Tell which epoch is under way, and where it counts what is done of it; --on_nan holds from now on."""
         self.epoch, self.progress = epoch, progress
+        progress.judge = self.strikes.judge
 
     def due(self) -> bool:
         """After an optimizer step: True, on all ranks together, where it is time for `save_part`."""
@@ -240,6 +245,18 @@ class Saver:
         for path in set(paths) - kept:
             path.unlink()
 
+    def _roll_back(self) -> bool:
+        """Load the newest checkpoint into model, optimizer and scaler, on all ranks; False where there is none."""
+        self._wait()
+        path = on_main(self.env, lambda: self.folder and resume.newest(self.folder))
+        if not path:
+            return False
+        state = checkpoint.load(path)
+        checkpoint.load_strictly(self.model, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        return True
+
     def _wait(self, seconds: float | None = None) -> bool:
         """Wait for the pending write; False where it has not ended after `seconds`, as on a disk that stalls."""
         if self.writing is not None:
@@ -254,6 +271,11 @@ class Saver:
     def _finish(self, error: BaseException | None) -> None:
         """Leave nothing half-done: the pending write, and at the end of the run a save that failed."""
         self._wait()
+        if isinstance(error, NonFiniteLossError) and self.progress is not None:
+            with contextlib.suppress(NonFiniteLossError):  # where an optimizer let it in, there is nothing to save
+                self.stop = set()
+                self.save_part()
+                self._wait()
         if error is not None or not self.failed:
             return
         self.asynchronous = False

@@ -1,0 +1,66 @@
+"""--on_nan: what happens where a loss or gradient is not finite. Step leaves the update itself out, on the device."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+from util.log import NonFiniteLossError, log
+
+WINDOW = 1000  # optimizer steps within which a second strike counts
+IN_A_ROW = 20  # optimizer steps without a good one among them, after which going on makes no sense
+ROLL_BACKS = 3
+
+
+class Strikes:
+    """Judges what is read at a log point; all ranks read the same, so all of them do the same.
+
+    stop: one bad step is forgiven, two within 1000 raise NonFiniteLossError. rollback: they call `roll_back`, which
+    returns False where there is nothing to go back to; three times at most. skip: each is forgiven. Whatever the
+    policy, 20 bad steps in a row raise.
+    """
+
+    def __init__(self, policy: str, accum_iter: int, roll_back: Callable[[], bool]) -> None:
+        self.policy, self.accum_iter, self.roll_back = policy, accum_iter, roll_back
+        self.steps = self.in_a_row = self.rolled_back = 0
+        self.last_strike, self.last_norm = -math.inf, math.nan
+        self.last_bad: tuple[str, int] | None = None
+
+    def judge(self, header: str, passes: list[tuple[int, dict[str, float], float]]) -> None:
+        """`passes`: (iteration, values with `lr` and `loss`, norm of the gradient or 0 where none was measured)."""
+        for step, group in itertools.groupby(passes, lambda one: one[0] // self.accum_iter):
+            group = list(group)
+            if self._good(group) or self.last_bad == (header, step):  # a log point may cut a step in two: one strike
+                continue
+            self.last_bad = (header, step)
+            again = self.steps - self.last_strike <= WINDOW
+            self.last_strike = self.steps
+            what = self._describe(header, group, passes)
+            if self.in_a_row < IN_A_ROW and (self.policy == "skip" or not again):
+                log.warning(f"NOT FINITE: {what}; such a gradient moves no weight")
+                continue
+            if self.policy == "rollback" and self.rolled_back < ROLL_BACKS and self.roll_back():
+                log.warning(f"NOT FINITE AGAIN: {what}; back to the last checkpoint, and on with the next batch")
+                self.rolled_back, self.in_a_row, self.last_strike = self.rolled_back + 1, 0, -math.inf
+                return  # what else was read belongs to the weights that are gone
+            raise NonFiniteLossError(
+                f"{what}, for the second time within {WINDOW} steps or the {IN_A_ROW}th in a row. Go on from a "
+                "checkpoint before with a lower --blr, a longer --warmup_epochs, --amp off or another --on_nan"
+            )
+
+    def _good(self, group: list[tuple[int, dict[str, float], float]]) -> bool:
+        self.steps += 1
+        if all(math.isfinite(values["loss"]) and math.isfinite(norm) for _, values, norm in group):
+            self.in_a_row, self.last_norm = 0, group[-1][2] or self.last_norm
+            return True
+        self.in_a_row += 1
+        return False
+
+    def _describe(self, header: str, group: list, passes: list) -> str:
+        losses = [values["loss"] for _, values, _ in group]
+        loss = next((loss for loss in losses if not math.isfinite(loss)), losses[-1])
+        iteration, values, norm = group[-1]
+        return (
+            f"{header} loss {loss:.4g}, gradient norm {norm:.4g} at iteration {iteration} (read at iterations "
+            f"{passes[0][0]} to {passes[-1][0]}; lr {values.get('lr', math.nan):.3g}, gradient norm before "
+            f"{self.last_norm:.4g})"
+        )
