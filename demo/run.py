@@ -24,7 +24,7 @@ from util.dist import Dist
 from util.knn import knn_accuracy, mean_features
 from util.loader import DeviceLoader, eval_loader
 from util.transforms import eval_transform
-from util.visualize import reconstruct, sheet
+from util.visualize import reconstruct, seeded_noise, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, SIDE = "tiny_patch4", 32
@@ -124,8 +124,8 @@ def draw(weights: Path, data: Path, path: Path) -> Path:
     firsts = [next(file for file in files if file[1] == label) for label in range(len(classes))]
     imgs, _ = next(iter(batches(firsts, batch_size=len(firsts))))
     model = load_mae(weights)
-    noise = torch.rand(len(imgs), model.patch_embed.num_patches, generator=torch.Generator().manual_seed(0))
-    sheet(reconstruct(model, imgs, noise=noise)).save(path)
+    noise = seeded_noise(len(imgs), model.patch_embed.num_patches, seed=0)
+    sheet(reconstruct(model, imgs, noise=noise), side=96, across=2).save(path)
     return path
 
 

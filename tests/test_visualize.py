@@ -1,0 +1,165 @@
+"""Pictures: un-normalised patches against closed forms, masks chosen by hand against the model's own masks."""
+
+import numpy as np
+import pytest
+import torch
+
+import models_mae
+from util.errors import UserError
+from util.visualize import (
+    KINDS,
+    mask_noise,
+    neighbour_statistics,
+    reconstruct,
+    removed_patches,
+    seeded_noise,
+    sheet,
+    to_pixels,
+)
+
+SIZES = [32, (32, 64)]
+
+
+def mae(size=32, **options):
+    torch.manual_seed(0)
+    small = dict(patch_size=8, embed_dim=24, depth=1, num_heads=3, decoder_embed_dim=16, decoder_depth=1)
+    return models_mae.MaskedAutoencoderViT(img_size=size, decoder_num_heads=4, **small, **options)
+
+
+def knows_the_target(model, imgs):
+    """The model, predicting exactly the normalised patches of `imgs`, as the paper defines them."""
+    patches = model.patchify(imgs).double()
+    centred = patches - patches.mean(dim=-1, keepdim=True)
+    variance = centred.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
+    target = (centred / (variance + 1e-6).sqrt()).float()
+    model.forward_decoder = lambda *_: target
+    return model
+
+
+def images(size, n=3):
+    """Images in the range of pictures, so that nothing is clipped."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.rand(n, 3, height, width) - 0.5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_perfect_prediction_with_the_true_statistics_gives_the_image(size):
+    imgs = images(size)
+    model = knows_the_target(mae(size, norm_pix_loss=True), imgs)
+    pictures = reconstruct(model, imgs, statistics="answer")
+    assert pictures.loss < 1e-10
+    for kind in ("original", "reconstructed", "pasted"):
+        torch.testing.assert_close(getattr(pictures, kind), to_pixels(imgs), atol=1e-5, rtol=0)
+    assert not torch.allclose(pictures.masked, pictures.original)
+    assert pictures.titles()[2:] == ["reconstructed\n(using the answer)", "pasted\n(using the answer)"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_perfect_prediction_with_neighbours_gives_the_image_where_all_patches_have_the_same_statistics(size):
+    model = mae(size, norm_pix_loss=True)
+    patches = model.patchify(images(size))
+    patches = (patches - patches.mean(dim=-1, keepdim=True)) / patches.std(dim=-1, keepdim=True) * 0.2 + 0.1
+    imgs = model.unpatchify(patches)
+    pictures = reconstruct(knows_the_target(model, imgs), imgs)
+    torch.testing.assert_close(pictures.reconstructed, to_pixels(imgs), atol=1e-5, rtol=0)
+    assert pictures.statistics == "neighbours" and "neighbours" in pictures.titles()[3]
+
+
+def test_neighbours_statistics_never_see_a_removed_patch():
+    imgs, other = images(32), images(32)
+    model = mae(norm_pix_loss=True)
+    ratio, noise = mask_noise(torch.rand(3, 16).argsort(dim=1) < 9)
+    removed = model.unpatchify((noise >= 0.5)[:, :, None].expand(-1, -1, 192).float()) > 0
+    first = reconstruct(model, imgs, ratio, noise)
+    second = reconstruct(model, torch.where(removed, other, imgs), ratio, noise)
+    assert torch.equal(first.reconstructed, second.reconstructed) and torch.equal(first.masked, second.masked)
+    answer = [reconstruct(model, x, ratio, noise, "answer") for x in (imgs, torch.where(removed, other, imgs))]
+    assert not torch.equal(answer[0].reconstructed, answer[1].reconstructed), "the answer does"
+
+
+def test_neighbours_statistics_are_the_inverse_distance_average_of_kept_patches():
+    grid = (2, 5)
+    random = np.random.default_rng(0)
+    mean, std = random.normal(size=(2, 1, 10))
+    mask = np.array([[0, 1, 1, 0, 1, 1, 0, 1, 1, 1]])
+    expected = mean.copy()
+    for i in range(10):
+        if mask[0, i]:
+            weights = [0 if mask[0, j] else ((i // 5 - j // 5) ** 2 + (i % 5 - j % 5) ** 2) ** -1.5 for j in range(10)]
+            expected[0, i] = sum(w * m for w, m in zip(weights, mean[0], strict=True)) / sum(weights)
+    got, _ = neighbour_statistics(*(torch.from_numpy(x).float() for x in (mean, std, mask)), grid)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5)
+
+
+def test_pixel_models_need_no_statistics_and_say_nothing_of_them():
+    imgs, model = images(32), mae()
+    torch.manual_seed(1)
+    pictures = reconstruct(model, imgs, noise=torch.rand(3, 16))
+    torch.manual_seed(1)
+    loss, pred, mask = model(imgs, 0.75, torch.rand(3, 16))
+    assert pictures.titles() == list(KINDS) and pictures.statistics == ""
+    assert pictures.loss == loss.item()
+    torch.testing.assert_close(pictures.reconstructed, to_pixels(model.unpatchify(pred)))
+    shown = model.unpatchify(mask[:, :, None].expand_as(pred)) > 0
+    assert (pictures.masked[shown] == 0.5).all()
+    assert torch.equal(pictures.pasted[~shown], pictures.original[~shown])
+    assert torch.equal(pictures.pasted[shown], pictures.reconstructed[shown])
+
+
+def test_drawing_leaves_the_model_in_its_mode():
+    model = mae().train()
+    reconstruct(model, images(32))
+    assert model.training
+
+
+def test_unknown_statistics_are_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="'guess'.*neighbours, answer"):
+        reconstruct(mae(norm_pix_loss=True), images(32), statistics="guess")
+
+
+@pytest.mark.parametrize("count", range(1, 16))
+def test_every_mask_chosen_by_hand_is_the_mask_that_the_model_uses(count):
+    removed = torch.stack([torch.randperm(16) < count for _ in range(3)])
+    ratio, noise = mask_noise(removed)
+    assert 0 <= noise.min() and noise.max() < 1
+    _, _, mask = mae()(images(32), ratio, noise)
+    assert torch.equal(mask.bool(), removed)
+
+
+def test_every_number_of_patches_survives_the_detour_over_a_ratio():
+    for length in (1, 3, 49, 100, 196, 256, 1024):
+        for count in range(1, length):
+            ratio, _ = mask_noise((torch.arange(length) < count)[None])
+            assert models_mae.kept_patches(length, ratio) == length - count
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        (torch.zeros(1, 16), "0 of 16 patches"),
+        (torch.ones(1, 16), "16 of 16 patches"),
+        (torch.tensor([[1, 0, 0], [1, 1, 0]]), r"\[1, 2\]: give the images one by one"),
+    ],
+)
+def test_impossible_masks_are_refused(removed, message):
+    with pytest.raises(UserError, match=message):
+        mask_noise(removed.bool())
+
+
+def test_removed_patches_are_those_of_the_model():
+    noise = seeded_noise(3, 16, seed=5)
+    assert torch.equal(noise, seeded_noise(3, 16, seed=5)) and not torch.equal(noise, seeded_noise(3, 16, seed=6))
+    for ratio in (0.1, 0.5, 0.75):
+        _, _, mask = mae()(images(32), ratio, noise)
+        assert torch.equal(mask.bool(), removed_patches(noise, ratio))
+
+
+@pytest.mark.parametrize(("across", "n_rows", "n_columns"), [(1, 3, 4), (2, 2, 8), (4, 1, 12)])
+def test_a_sheet_has_a_cell_for_each_picture_where_its_title_says(across, n_rows, n_columns):
+    pictures = reconstruct(mae((32, 64)), images((32, 64)))
+    image = sheet(pictures, side=32, gap=6, across=across)
+    assert image.size == (n_columns * (64 + 6) + 6, 22 + n_rows * (32 + 6))
+    row, column = divmod(2, across)  # the third image, "pasted"
+    x, y = 6 + (4 * column + 3) * 70, 22 + row * 38
+    cell = torch.from_numpy(np.array(image.crop((x, y, x + 64, y + 32)))).permute(2, 0, 1) / 255
+    torch.testing.assert_close(cell, pictures.pasted[2], atol=1 / 255, rtol=0)
