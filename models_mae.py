@@ -47,7 +47,7 @@ def check_mask_ratio(num_patches: int, mask_ratio: float) -> None:
 
 def _take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """([N or 1, L, D], ids [N, M]) -> [N, M, D]: the tokens of these indices."""
-    return tokens.expand(len(ids), -1, -1).gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return tokens.expand(ids.shape[0], -1, -1).gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -154,7 +154,7 @@ class MaskedAutoencoderViT(nn.Module):
 
         `ids_restore` puts (kept, removed) back into image order.
         """
-        ids_kept, ids_removed = self.random_masking(len(imgs), mask_ratio, noise)
+        ids_kept, ids_removed = self.random_masking(imgs.shape[0], mask_ratio, noise)
         ids_restore = torch.cat([ids_kept, ids_removed], dim=1).argsort(dim=1)
         mask = (ids_restore >= ids_kept.shape[1]).float()
         # only kept patches are embedded: the convolution as a matrix product, over pixels in the order of `patchify`
@@ -165,7 +165,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _encode_tokens(self, patches: torch.Tensor) -> torch.Tensor:
         """[N, K, D] -> [N, 1 + K, D]: prepend the class token, then blocks and norm."""
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(patches.shape[0], -1, -1)
         tokens = torch.cat([cls_token, patches], dim=1)
         return self.norm(self._run(self.blocks, tokens))
 

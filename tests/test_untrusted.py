@@ -91,7 +91,7 @@ FILES = {
     "TIFF": (image("TIFF"), "a TIFF image"),
     "BMP": (image("BMP"), "a BMP image"),
     "WebP": (image("WEBP"), "a WebP image"),
-    "safetensors": (safetensors.torch.save(WEIGHTS), "a safetensors file: convert it"),
+    "safetensors": (safetensors.torch.save(WEIGHTS)[:-1], "is a safetensors file, but damaged"),
     "npy": (bytes_of(np.save, np.zeros(3)), "a NumPy array"),
     "npz": (bytes_of(np.savez, a=np.zeros(3)), "a NumPy archive"),
     "gzip": (gzip.compress(WHOLE), "a gzip archive: unpack it"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import download, untrusted
+from util import convert, download, untrusted
 from util.architecture import describe, is_masked_autoencoder
 from util.download import RELEASES
 from util.errors import UserError
@@ -19,7 +19,8 @@ from util.pos_embed import interpolate_pos_embed
 
 
 def load(path_or_url: str | Path) -> dict:
-    """Path or https URL -> the file's dict, on the CPU. Downloads are kept: see util/download.py.
+    """Path or https URL -> the file's dict, on the CPU. Downloads are kept: see util/download.py. Bare weights, of timm
+    or Hugging Face, come as {"model": weights under our names}.
 
     Raises UserError where the file is missing, damaged, no checkpoint (the message says what it is), or holds anything
     but tensors, plain values and an `argparse.Namespace` (as files of the original code do).
@@ -27,7 +28,7 @@ def load(path_or_url: str | Path) -> dict:
     url = str(path_or_url)
     path = download.fetch(url) if url.startswith("https://") else Path(path_or_url)
     try:
-        state = untrusted.read(path)
+        state = convert.as_checkpoint(untrusted.read(path))
         untrusted.check_state_dict(state, path)
     except UserError as error:
         if url.startswith("https://"):
@@ -43,13 +44,13 @@ def resume_for_eval(path_or_url: str, model: nn.Module) -> None:
     load_strictly(model, load(path_or_url)["model"], path_or_url)
 
 
-def load_full_mae(path_or_url: str, model: nn.Module) -> None:
+def load_full_mae(path_or_url: str | Path, model: nn.Module, state: dict | None = None) -> None:
     """Load an encoder with its decoder, for reconstruction. An encoder-only file is refused (UserError): it would draw
-    noise.
+    noise. `state` is the file's content, where the caller has it.
     """
-    state_dict = load(path_or_url)["model"]
-    missing = [name for name in model.state_dict() if name not in state_dict]
-    if any(name.startswith("decoder") or name == "mask_token" for name in missing):
+    state_dict = (state or load(path_or_url))["model"]
+    if not any(name.startswith("decoder_") for name in state_dict):
+        missing = [name for name in model.state_dict() if name not in state_dict]
         raise UserError(
             f"{path_or_url} holds {describe(state_dict)} and cannot reconstruct: {len(missing)} keys are missing, such "
             f"as {', '.join(missing[:3])}. Use a file with a decoder: {RELEASES}pretrain/mae_pretrain_vit_*_full.pth "

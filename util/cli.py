@@ -143,7 +143,7 @@ def _number(kind: type, text: str):
     return value
 
 
-class _SizeAction(argparse.Action):
+class SizeAction(argparse.Action):
     """One number is a square's side; two are (height, width)."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -188,7 +188,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callabl
         "--model", default=default, choices=list(models), metavar="NAME", help=f"one of: {', '.join(models)}"
     )
     group.add_argument(
-        "--input_size", default=224, type=positive, nargs="+", action=_SizeAction, metavar="PIXELS",
+        "--input_size", default=224, type=positive, nargs="+", action=SizeAction, metavar="PIXELS",
         help="image side in pixels, or height and width; a multiple of the patch size",
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from util.convert import read_safetensors
 from util.errors import UserError
 
 _BEGINNINGS = {
@@ -31,7 +32,7 @@ _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9\x20j\xa8P\x19."  # how torch.save beg
 
 
 def read(path: Path) -> object:
-    """File of torch.save -> what it holds, on the CPU. Nothing in the file is run.
+    """File of torch.save or safetensors -> what it holds, on the CPU. Nothing in the file is run.
 
     Allowed are tensors, plain values and `argparse.Namespace` (files of the original code hold one). Zip files must
     agree with their checksums, which torch writes and does not check. Raises UserError saying what the file is instead.
@@ -45,6 +46,8 @@ def read(path: Path) -> object:
         raise UserError(f"{path} cannot be read ({error}): mend that, or give another file") from error
     if not head:
         raise UserError(f"{path} is empty (0 bytes): whoever wrote it was cut off; give another file")
+    if head[8:10] == b'{"':
+        return read_safetensors(path)
     if head.startswith(_ZIP):
         _check_zip(path)
     elif what := _what_it_is(head):
@@ -61,10 +64,6 @@ def _what_it_is(head: bytes) -> str:
     for beginning, what in _BEGINNINGS.items():
         if head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(beginning):
             return what
-    if head[8:10] == b'{"':
-        return (
-            "a safetensors file: convert it by torch.save({'model': safetensors.torch.load_file('FILE')}, 'FILE.pth')"
-        )
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "a WebP image"
     if head.startswith(b"BM") and head[6:10] == bytes(4):

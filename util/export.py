@@ -1,0 +1,223 @@
+"""Weights for other libraries: python -m util.export CHECKPOINT --to timm|hf|safetensors|onnx
+
+timm          the encoder, or a classifier, as timm's VisionTransformer names its weights (.safetensors)
+hf            a folder for Hugging Face's ViTMAEModel (encoder) or ViTMAEForPreTraining (--part full)
+safetensors   our own names; reads back as --finetune and in util/build.py
+onnx          encoder: images -> class_token, patch_map; --part full: images, noise -> loss, pred, mask;
+              a classifier: images -> logits. Any batch size.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from models_mae import MaskedAutoencoderViT
+from util import cli, convert
+from util.build import is_decoder, open_named
+from util.errors import UserError
+
+TIMM_NAMES = {
+    "vit_tiny_patch16": "vit_tiny_patch16_224",
+    "vit_small_patch16": "vit_small_patch16_224",
+    "vit_base_patch16": "vit_base_patch16_224",
+    "vit_large_patch16": "vit_large_patch16_224",
+    "vit_huge_patch14": "vit_huge_patch14_224",
+}
+
+
+def to_timm(model: nn.Module, name: str, path: Path) -> str:
+    """Write encoder or classifier; returns the Python line that loads it."""
+    weights = {key: value for key, value in model.state_dict().items() if not is_decoder(key)}
+    convert.write_safetensors(path, weights)
+    short = name.removeprefix("mae_").removesuffix("_dec512d8b")
+    if short not in TIMM_NAMES:
+        return f"timm has no model of the size of {short}: build a timm.models.VisionTransformer and load_state_dict"
+    options = {"num_classes": 0 if isinstance(model, MaskedAutoencoderViT) else model.num_classes}
+    if "fc_norm.weight" in weights:
+        options["global_pool"] = "avg"
+    if tuple(model.patch_embed.img_size) != (224, 224):
+        options["img_size"] = tuple(model.patch_embed.img_size)
+    # the number of classes again: timm drops the head of a file that it believes to have another
+    options["pretrained_cfg_overlay"] = {"file": str(path), "num_classes": options["num_classes"]}
+    keywords = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f'timm.create_model("{TIMM_NAMES[short]}", pretrained=True, {keywords})'
+
+
+def to_hugging_face(model: MaskedAutoencoderViT, part: str, mask_ratio: float, folder: Path) -> str:
+    """Write config.json, preprocessor_config.json and model.safetensors; returns the Python line that loads them."""
+    height, width = model.patch_embed.img_size
+    if height != width:
+        raise UserError(f"Hugging Face's ViTMAE knows square images only, not {height} x {width}: use --to safetensors")
+    weights = convert.to_hugging_face(model.state_dict())
+    if part == "encoder":
+        weights = {key.removeprefix("vit."): value for key, value in weights.items() if key.startswith("vit.")}
+    name = "ViTMAEForPreTraining" if part == "full" else "ViTMAEModel"
+    folder.mkdir(parents=True)
+    convert.write_safetensors(folder / "model.safetensors", weights)
+    _write_json(folder / "config.json", _hugging_face_config(model, name, mask_ratio if part == "full" else 0.0))
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True, "size": {"height": height, "width": width}, "resample": 3,  # 3: bicubic
+            "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD,
+        },
+    )  # fmt: skip
+    return f'transformers.{name}.from_pretrained("{folder}")'
+
+
+def _hugging_face_config(model: MaskedAutoencoderViT, architecture: str, mask_ratio: float) -> dict:
+    blocks, decoder_blocks = model.blocks, model.decoder_blocks
+    return {
+        "architectures": [architecture],
+        "model_type": "vit_mae",
+        "image_size": model.patch_embed.img_size[0],
+        "patch_size": model.patch_embed.patch_size[0],
+        "num_channels": model.in_chans,
+        "hidden_size": model.pos_embed.shape[-1],
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "intermediate_size": blocks[0].mlp.fc1.out_features,
+        "decoder_hidden_size": model.decoder_pos_embed.shape[-1],
+        "decoder_num_hidden_layers": len(decoder_blocks),
+        "decoder_num_attention_heads": decoder_blocks[0].attn.num_heads,
+        "decoder_intermediate_size": decoder_blocks[0].mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": model.norm.eps,
+        "mask_ratio": mask_ratio,
+        "norm_pix_loss": model.norm_pix_loss,
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def to_safetensors(model: nn.Module, part: str, args: dict, path: Path) -> str:
+    """Write weights under our names, with `args` (model, input_size, norm_pix_loss) in the header."""
+    keep_all = part == "full" or not isinstance(model, MaskedAutoencoderViT)
+    weights = {key: value for key, value in model.state_dict().items() if keep_all or not is_decoder(key)}
+    convert.write_safetensors(path, weights, args)
+    return f'safetensors.torch.load_file("{path}")'
+
+
+class _Encoder(nn.Module):
+    def __init__(self, model: MaskedAutoencoderViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.encode(images)
+
+
+class _Autoencoder(nn.Module):
+    def __init__(self, model: MaskedAutoencoderViT, mask_ratio: float) -> None:
+        super().__init__()
+        self.model, self.mask_ratio = model, mask_ratio
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.model(images, self.mask_ratio, noise)
+
+
+def to_onnx(model: nn.Module, part: str, mask_ratio: float, path: Path) -> str:
+    """Trace the model with a free batch size; weights of over 2 GB go into a file beside it. Returns the line that
+    loads it.
+    """
+    for package in ("onnx", "onnxscript"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise UserError(
+                f"--to onnx needs packages that are missing: pip install onnx onnxscript ({error})"
+            ) from error
+    inputs = {"images": torch.randn(2, 3, *model.patch_embed.img_size)}
+    if not isinstance(model, MaskedAutoencoderViT):
+        outputs = ["logits"]
+    elif part == "encoder":
+        model, outputs = _Encoder(model), ["class_token", "patch_map"]
+    else:
+        inputs["noise"] = torch.rand(2, model.patch_embed.num_patches)
+        model, outputs = _Autoencoder(model, mask_ratio), ["loss", "pred", "mask"]
+    batch = torch.export.Dim("batch", min=1)
+    torch.onnx.export(
+        model.eval(), tuple(inputs.values()), path, input_names=list(inputs), output_names=outputs, dynamo=True,
+        dynamic_shapes=[{0: batch} for _ in inputs], external_data=_bytes(model) > 1.9e9, verbose=False,
+    )  # fmt: skip
+    return f'onnxruntime.InferenceSession("{path}")'
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def export(
+    source: str,
+    to: str,
+    part: str = "encoder",
+    output: Path | None = None,
+    model_name: str = "",
+    input_size: int | tuple[int, int] | None = None,
+    mask_ratio: float = 0.75,
+) -> tuple[Path, str]:
+    """Write `source` (see util/build.py) in the format `to`; returns the new path and the line of Python that loads it.
+
+    Raises UserError for bad input, and where the output exists already.
+    """
+    stem = Path(source).stem + ("-full" if part == "full" else "")
+    ending = {"timm": ".timm.safetensors", "hf": "-hf", "safetensors": ".safetensors", "onnx": ".onnx"}[to]
+    output = output or Path(stem + ending)
+    if output.exists():
+        raise UserError(f"{output} exists: remove it, or name another with --output")
+    if to == "timm" and part == "full":
+        raise UserError("timm has no masked autoencoder: --to timm takes --part encoder")
+    name, model = open_named(source, model_name, input_size=input_size, encoder_only=part == "encoder")
+    is_mae = isinstance(model, MaskedAutoencoderViT)
+    if to == "hf" and not is_mae:
+        raise UserError(f"{source} is a classifier, and --to hf writes masked autoencoders: use --to timm")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if to == "timm":
+        return output, to_timm(model, name, output)
+    if to == "hf":
+        return output, to_hugging_face(model, part, mask_ratio, output)
+    if to == "onnx":
+        return output, to_onnx(model, part, mask_ratio, output)
+    args = {"model": name, "input_size": list(model.patch_embed.img_size)}
+    if is_mae:
+        args["norm_pix_loss"] = model.norm_pix_loss
+    return output, to_safetensors(model, part, args, output)
+
+
+def main() -> None:
+    """Read the command line, export, say what was written and how to load it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", help="a file, an https URL, or the name of a released file such as mae_visualize_vit_base")
+    add("--to", required=True, choices=["timm", "hf", "safetensors", "onnx"], help="format, see above")
+    add("--part", default="encoder", choices=["encoder", "full"],
+        help="full: with the decoder; a classifier is always written whole (default: encoder)")  # fmt: skip
+    add(
+        "--output", type=Path, metavar="PATH", help="file, or folder for hf (default: named after the checkpoint, here)"
+    )
+    add("--model", default="", metavar="NAME", help="architecture (default: what the checkpoint tells)")
+    add("--input_size", type=cli.positive, nargs="+", action=cli.SizeAction, metavar="PIXELS",
+        help="image side, or height and width (default: what the checkpoint tells)")  # fmt: skip
+    add("--mask_ratio", default=0.75, type=cli.mask_ratio,
+        help="share of patches removed in hf and onnx with --part full (default: 0.75)")  # fmt: skip
+    args = parser.parse_args()
+    try:
+        path, line = export(
+            args.checkpoint, args.to, args.part, args.output, args.model, args.input_size, args.mask_ratio
+        )
+    except UserError as error:
+        cli.fail(error)
+    print(f"wrote {path}. To load it:\n  {line}")
+
+
+if __name__ == "__main__":
+    main()
