@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import models_mae
+import models_vit
+from util.attention import class_attention
 from util.errors import UserError
 from util.visualize import (
     KINDS,
+    from_images,
+    heat,
     mask_noise,
     neighbour_statistics,
     reconstruct,
@@ -163,3 +168,46 @@ def test_a_sheet_has_a_cell_for_each_picture_where_its_title_says(across, n_rows
     x, y = 6 + (4 * column + 3) * 70, 22 + row * 38
     cell = torch.from_numpy(np.array(image.crop((x, y, x + 64, y + 32)))).permute(2, 0, 1) / 255
     torch.testing.assert_close(cell, pictures.pasted[2], atol=1 / 255, rtol=0)
+
+
+def test_images_come_in_the_middle_in_the_shape_of_the_model_and_turned_by_exif():
+    wide = Image.new("L", (60, 20))
+    wide.paste(255, (20, 0, 40, 20))  # the middle third is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    turned = Image.new("RGB", (20, 60), "red")
+    turned.paste((0, 0, 255), (0, 30, 20, 60))
+    turned.info["exif"] = exif.tobytes()
+    imgs = from_images([wide], (16, 16))
+    assert torch.allclose(to_pixels(imgs)[0, :, 4:12, 4:12], torch.ones(3, 8, 8))
+    turned.getexif()[0x0112] = 6
+    shown = to_pixels(from_images([turned], (20, 60)))[0]
+    assert shown.shape == (3, 20, 60)
+    assert shown[2, :, :25].mean() > 0.99 and shown[0, :, 35:].mean() > 0.99, "red lay on top, now it is on the right"
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "class token", "global pool"])
+def test_attention_is_what_timm_s_unfused_attention_computes(kind):
+    torch.manual_seed(0)
+    small = dict(img_size=(16, 32), patch_size=8, embed_dim=24, depth=2, num_heads=3)
+    if kind == "autoencoder":
+        model = models_mae.MaskedAutoencoderViT(**small, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=4)
+    else:
+        model = models_vit.VisionTransformer(**small, num_classes=2, global_pool=kind == "global pool")
+    model.eval()
+    imgs = torch.randn(2, 3, 16, 32)
+    found = class_attention(model, imgs)
+    expected = []
+    attention = model.blocks[-1].attn
+    attention.fused_attn = False  # now the weights pass through a dropout, where a hook can see them
+    attention.attn_drop.register_forward_pre_hook(lambda _, args: expected.append(args[0]))
+    model.encode(imgs) if kind == "autoencoder" else model(imgs)
+    assert found.shape == (2, 3, 2, 4)
+    torch.testing.assert_close(found.flatten(2), expected[0][:, :, 0, 1:])
+
+
+def test_heat_is_brightest_where_values_are_greatest():
+    values = torch.tensor([[0.0, 0.1], [0.2, 0.4]])
+    shown = heat(torch.zeros(3, 16, 16), values)
+    assert shown[:, 15, 15].tolist() == pytest.approx([0.65] * 3) and shown[:, 0, 0].tolist() == [0, 0, 0]
+    assert shown.shape == (3, 16, 16) and 0 <= shown.min() and shown.max() <= 1

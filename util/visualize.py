@@ -6,14 +6,16 @@ in [0, 1]; in masks and in `removed`, 1 or True means removed.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from models_mae import kept_patches
 from util.errors import UserError
+from util.loader import normalise
 
 KINDS = ("original", "masked", "reconstructed", "pasted")
 # what a model of normalised pixels cannot know, and where the picture takes it from
@@ -161,3 +163,24 @@ def grid_of(rows: list[list[torch.Tensor]], titles: list[str], cell: tuple[int, 
             image = image.resize(cell, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
             canvas.paste(image, (gap + column * (cell[0] + gap), top + row * (cell[1] + gap)))
     return canvas
+
+
+def from_images(images: list[Image.Image], size: tuple[int, int]) -> torch.Tensor:
+    """PIL images of any kind and size -> normalised [N, 3, H, W]: turned as their EXIF says, cropped in the middle to
+    the shape of `size` (H, W), resized.
+    """
+    fitted = [
+        ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
+        for image in images
+    ]
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in fitted])
+    return normalise(pixels, torch.zeros(len(fitted), dtype=torch.bool))
+
+
+def heat(picture: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(picture [3, H, W], values [h, w] of 0 or more) -> [3, H, W]: the picture under a glow from black over red and
+    yellow to white, brightest where `values` are greatest.
+    """
+    share = nn.functional.interpolate(values[None, None], picture.shape[1:], mode="bilinear")[0] / values.max()
+    glow = (3 * share - torch.arange(3, device=share.device)[:, None, None]).clamp(0, 1)
+    return 0.35 * picture + 0.65 * glow
