@@ -56,13 +56,15 @@ def train_one_epoch(
         update = (i + 1) % step.accum_iter == 0
         loss = step(lambda: criterion(model(imgs).float(), targets), update)  # noqa: B023
 
-        progress.add(i, lr=lr, loss=loss, grad_norm=step.grad_norm if update and step.skips else None)
+        judged = update and step.skips
+        progress.add(i, lr=lr, loss=loss, grad_norm=step.grad_norm, judged=judged)
         saving = update and saver is not None and saver.due()
         if progress.due(i) or saving:  # the only place where the host waits for the device
             for j, values in progress.read():
                 x = int(1000 * (epoch + j / n))  # the same scale for every batch size
                 run_log.scalar("loss", values["loss"], x)
                 run_log.scalar("lr", values["lr"], x)
+                run_log.scalar("grad_norm", values["grad_norm"], x)
             for name, value in progress.rates.items():
                 run_log.scalar(name, value, int(1000 * (epoch + i / n)))
         if saving:

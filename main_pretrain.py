@@ -15,6 +15,7 @@ from util.resume import refuse_second_run
 from util.saving import Saver
 from util.step import Step, autocast_dtype
 from util.transforms import pretrain_transform
+from util.watch import Watch
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_data_options(
         parser, "folder of images: its train/ if it has one, else all images below it, at any depth", labelled=False
     )
+    cli.add_watch_options(parser)
     cli.add_run_options(parser, save_every=20)
     return parser
 
@@ -52,6 +54,10 @@ def main(args: argparse.Namespace) -> None:
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = loader.available_workers(args.num_workers, env)
     train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout)
+    watch = Watch(
+        env, args.data_path, dataset, args.input_size, mask_ratio=args.mask_ratio, amp=args.amp,
+        picture_every=args.picture_every, knn_every=args.knn_every, num_workers=num_workers,
+    )  # fmt: skip
     log.info(f"{len(dataset)} training images, {len(train_loader)} batches an epoch")
 
     # model
@@ -95,7 +101,8 @@ def main(args: argparse.Namespace) -> None:
                 done=done, saver=saver,
             )  # fmt: skip
             datasets.report_bad(dataset)
-            run_log.write({"train_lr": stats["lr"], "train_loss": stats["loss"], "epoch": epoch})
+            seen = watch.after_epoch(epoch, model, stats["loss"], run_log)
+            run_log.write({"train_lr": stats["lr"], "train_loss": stats["loss"], "epoch": epoch, **seen})
             saver.after_epoch(epoch)
     run_log.close()
     shutdown()

@@ -202,6 +202,13 @@ class MaskedAutoencoderViT(nn.Module):
             patches = _take(patches, only)
         return self.decoder_pred(self.decoder_norm(patches))
 
+    def target(self, patches: torch.Tensor) -> torch.Tensor:
+        """[..., P*P*C] -> [..., P*P*C]: what is to be predicted, with `norm_pix_loss` normalised per patch."""
+        if not self.norm_pix_loss:
+            return patches
+        mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+        return (patches - mean) / (var + 1e-6).sqrt()
+
     def forward_loss(
         self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor, only: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -213,11 +220,7 @@ class MaskedAutoencoderViT(nn.Module):
         target = self.patchify(imgs)
         if only is not None:
             target, mask = _take(target, only), mask.gather(1, only)
-        target = target.float()
-        if self.norm_pix_loss:
-            mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1e-6).sqrt()
-        error_per_patch = (pred.float() - target).square().mean(dim=-1)
+        error_per_patch = (pred.float() - self.target(target.float())).square().mean(dim=-1)
         return (error_per_patch * mask).sum() / mask.sum()
 
     def forward(

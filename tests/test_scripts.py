@@ -121,7 +121,7 @@ def curves(folder):
 
 def test_pretraining_draws_its_curves_over_a_thousand_points_an_epoch(pretrained):
     drawn = curves(pretrained.folder)
-    assert set(drawn) == {"train_loss", "lr", "images_per_second"}
+    assert set(drawn) == {"train_loss", "lr", "grad_norm", "images_per_second"}
     x = [int(1000 * (epoch + i / 6)) for epoch in range(3) for i in range(6)]
     assert [step for step, _ in drawn["train_loss"]] == [step for step, _ in drawn["lr"]] == x
     for line, first in zip(log_txt(pretrained.folder), (0, 6, 12), strict=True):
@@ -132,7 +132,8 @@ def test_pretraining_draws_its_curves_over_a_thousand_points_an_epoch(pretrained
 
 STEP_LINE = re.compile(
     r"^Epoch: \[(?P<epoch>\d+)\]  \[ *(?P<i>\d+)/(?P<n>\d+)\]  eta: \d+:\d\d:\d\d  lr: \d\.\d{6}  "
-    r"loss: \d+\.\d{4} \(\d+\.\d{4}\)  time: \d+\.\d{4}  data: \d+\.\d{4}(?:  max mem: \d+)?  img/s: \d+\.\d$",
+    r"loss: \d+\.\d{4} \(\d+\.\d{4}\)  time: \d+\.\d{4}  data: \d+\.\d{4}(?:  max mem: \d+)?  img/s: \d+\.\d  "
+    r"grad_norm: \d+\.\d{4}$",
     re.MULTILINE,
 )
 
@@ -237,7 +238,15 @@ def test_classifier_saves_logs_and_prints_every_epoch(name, request):
         best = max(best, line["test_acc1"])
         assert match["more"] == f"\nMax accuracy: {best:.2f}%"
     drawn = curves(result.folder)
-    assert set(drawn) == {"loss", "lr", "images_per_second", "perf/test_acc1", "perf/test_acc5", "perf/test_loss"}
+    assert set(drawn) == {
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "perf/test_acc1",
+        "perf/test_acc5",
+        "perf/test_loss",
+    }
     assert [step for step, _ in drawn["loss"]] == [int(1000 * (epoch + i / 6)) for epoch in (0, 1) for i in range(6)]
     for figure in ("acc1", "acc5", "loss"):
         expected = [(line["epoch"], pytest.approx(line[f"test_{figure}"])) for line in lines]
@@ -367,7 +376,7 @@ def test_empty_output_dir_saves_nothing(name, images, tmp_path, monkeypatch):
 def test_tensorboard_may_be_elsewhere_or_nowhere(images, tmp_path):
     args = (*PRETRAIN, "--data_path", images, "--epochs", 1, "--output_dir", tmp_path / "out")
     train("pretrain", None, *args, "--log_dir", tmp_path / "board")
-    assert set(curves(tmp_path / "board")) == {"train_loss", "lr", "images_per_second"}
+    assert set(curves(tmp_path / "board")) == {"train_loss", "lr", "grad_norm", "images_per_second"}
     train("pretrain", None, *args, "--log_dir", "", "--resume", "auto")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "checkpoint-0.pth",

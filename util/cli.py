@@ -230,6 +230,17 @@ def add_crop_options(parser: argparse.ArgumentParser, *, crop_min: float) -> Non
     )
 
 
+def add_watch_options(parser: argparse.ArgumentParser) -> None:
+    """What pretraining shows beside its loss."""
+    add = parser.add_argument_group("watching").add_argument
+    add(
+        "--picture_every", default=20, type=count, metavar="EPOCHS",
+        help="epochs between reconstructions of 8 fixed images in TensorBoard, from val/ or else train/; 0: none",
+    )  # fmt: skip
+    add("--knn_every", default=0, type=count, metavar="EPOCHS",
+        help="epochs between k-NN accuracies; needs train/<class>/ and val/<class>/; 0: none")  # fmt: skip
+
+
 def add_classifier_options(parser: argparse.ArgumentParser, *, global_pool: bool) -> None:
     """What fine-tuning and the linear probe share."""
     add = parser.add_argument_group("classifier").add_argument

@@ -219,6 +219,15 @@ def gather_on_all(value: Any) -> list[Any]:
     return values
 
 
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """[n, ...] -> [n * ranks, ...]: those of all processes, one after another. n is the same on all of them."""
+    if not torch.distributed.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give every process the buffers of rank 0 (running statistics), so that all evaluate the same model."""
     if torch.distributed.is_initialized():

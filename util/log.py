@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -94,6 +96,11 @@ class RunLog:
         if self.writer:
             self._try(lambda: self.writer.add_scalar(tag, value, x))
 
+    def image(self, tag: str, picture: Image.Image, x: int) -> None:
+        """A picture for TensorBoard."""
+        if self.writer:
+            self._try(lambda: self.writer.add_image(tag, np.asarray(picture), x, dataformats="HWC"))
+
     def close(self) -> None:
         """Write what is buffered."""
         if self.writer:
@@ -165,7 +172,7 @@ class Progress:
         self.throughput = throughput
         self.rates: dict[str, float] = {}  # of the steps of the last read
         self.total = len(loader)
-        self.pending: list[tuple[int, dict[str, float], torch.Tensor, torch.Tensor]] = []
+        self.pending: list[tuple[int, dict[str, float], dict[str, torch.Tensor], bool]] = []
         self.windows: dict[str, deque[float]] = {}
         self.first, self.sums, self.counts = done.iteration, dict(done.sums), dict(done.counts)
         self.read_to = self.first  # batches of the epoch that sums and counts hold
@@ -190,29 +197,42 @@ class Progress:
         total = timedelta(seconds=int(elapsed))
         log.info(f"{self.header} Total time: {total} ({elapsed / max(self.total - self.first, 1):.4f} s / it)")
 
-    def add(self, iteration: int, loss: torch.Tensor, grad_norm: torch.Tensor | None = None, **values: float) -> None:
-        """Note one step: its loss and gradient norm, left on the device, and numbers that the host already knows."""
-        norm = loss.new_zeros(()) if grad_norm is None else grad_norm
-        self.pending.append((iteration, values, loss, norm))
+    def add(
+        self,
+        iteration: int,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor | None = None,
+        judged: bool = False,
+        **values: float,
+    ) -> None:
+        """Note one step: its loss and gradient norm, left on the device, and numbers that the host already knows.
+
+        `judged`: whether a norm that is not finite is a fault.
+        """
+        on_device = {"loss": loss} if grad_norm is None else {"loss": loss, "grad_norm": grad_norm}
+        self.pending.append((iteration, values, on_device, judged))
 
     def due(self, iteration: int) -> bool:
         """True every `every` steps and at the last one."""
         return iteration % self.every == 0 or iteration == self.total - 1
 
     def read(self) -> list[tuple[int, dict[str, float]]]:
-        """Wait for the device, average the noted losses over ranks, log a line; returns [(iteration, values), ...].
+        """Wait for the device, average the noted tensors over ranks, log a line; returns [(iteration, values), ...].
 
         Raises NonFiniteLossError on all ranks together: a NaN on one of them makes the mean NaN.
         """
-        measured = torch.stack([torch.stack([loss.float(), norm.float()]) for _, _, loss, norm in self.pending])
+        rows = torch.stack([torch.stack([value.float() for value in row.values()]) for _, _, row, _ in self.pending])
         if self.reduce:
-            measured = mean_over_ranks(measured)
+            rows = mean_over_ranks(rows)
+        steps = [
+            (iteration, {**values, **dict(zip(on_device, row, strict=True))})
+            for (iteration, values, on_device, _), row in zip(self.pending, rows.tolist(), strict=True)
+        ]
         judged = [
-            (iteration, {**values, "loss": loss}, norm)
-            for (iteration, values, _, _), (loss, norm) in zip(self.pending, measured.tolist(), strict=True)
+            (iteration, values, values["grad_norm"] if is_judged else 0.0)
+            for (iteration, values), (*_, is_judged) in zip(steps, self.pending, strict=True)
         ]
         self.pending.clear()
-        steps = [(iteration, values) for iteration, values, _ in judged]
         for _, values in steps:
             for name, value in values.items():
                 window = self.windows.setdefault(name, deque(maxlen=20))
@@ -259,7 +279,7 @@ class Progress:
             if name == "loss":
                 median = statistics.median(window) if window else math.nan
                 parts.append(f"loss: {median:.4f} ({self.averages()[name]:.4f})")
-            else:
+            elif name != "grad_norm":
                 parts.append(f"{name}: {window[-1]:.6f}")
         parts += [f"time: {step_seconds:.4f}", f"data: {data_seconds:.4f}"]
         if self.env.device.type == "cuda":
@@ -268,5 +288,7 @@ class Progress:
             self.rates = self.throughput.rates(step_seconds)
             names = {"images_per_second": "img/s: {:.1f}", "mfu": "mfu: {:.3f}"}
             parts += [names[name].format(value) for name, value in self.rates.items()]
+        if self.windows.get("grad_norm"):
+            parts.append(f"grad_norm: {statistics.median(self.windows['grad_norm']):.4f}")
         log.debug("  ".join(parts))
         self.bar.set_postfix_str("  ".join(parts[2:4]), refresh=False)

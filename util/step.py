@@ -32,9 +32,9 @@ class Step:
     It takes an optimizer that can, as fused ones and LARS; others would let such a gradient into the weights.
 
     Nothing here waits for the device, but for fp16 with an optimizer that cannot: torch's loss scaling then reads one
-    value an update. `grad_norm` is the norm of the last update's gradient before clipping, on the device, or None where
-    it was not measured: with fp16, or an optimizer that cannot leave out an update, only where `clip_grad` (a maximum
-    norm) is given. With fp16 it is not finite where loss scaling overflowed, which is no fault.
+    value an update. `grad_norm` is the norm of the last update's gradient before clipping to `clip_grad`, a maximum
+    norm; it stays on the device, and is 0 before the first update. With fp16 it is not finite where loss scaling
+    overflowed, which is no fault.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Step:
         # only fp16 has too few exponent bits for small gradients; disabled, the scaler passes everything through
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.skips = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
-        self.grad_norm: torch.Tensor | None = None
+        self.grad_norm = torch.zeros((), device=device)
 
     def __call__(self, forward: Callable[[], torch.Tensor], update: bool) -> torch.Tensor:
         """`forward()` -> scalar loss; add its gradients, and with `update` take the optimizer step. Returns the loss,
@@ -70,11 +70,12 @@ class Step:
         return loss.detach()
 
     def _update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
         if self.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
             self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        elif self.skips:
-            self.grad_norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        else:
+            grads = [param.grad for param in self.model.parameters() if param.grad is not None]
+            self.grad_norm = nn.utils.get_total_norm(grads)
         if self.skips:  # the way of torch's loss scaling; DDP has averaged the gradients, so all ranks agree
             self.optimizer.grad_scale = None
             self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()

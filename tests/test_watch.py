@@ -1,0 +1,176 @@
+"""What pretraining shows beside its loss: it is right, it changes nothing, and it tells a run that learns nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models_mae
+from tests.helpers import ON_CPU, assert_same, load, project_log, run, torchrun, write_image_folder
+from util.datasets import Images, list_images
+from util.dist import Dist
+from util.knn import knn_accuracy
+from util.log import RunLog
+from util.transforms import pretrain_transform
+from util.watch import Watch, mean_image_loss
+
+CPU = Dist(torch.device("cpu"))
+TINY = ("--model", "mae_vit_tiny_patch4", "--input_size", 16, "--batch_size", 8, "--warmup_epochs", 1, *ON_CPU)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("images"), n_train=8, n_val=4)
+
+
+def watch(folder, **options):
+    files = list_images(folder / "train")
+    settings = dict(mask_ratio=0.75, amp="off", picture_every=0, knn_every=0, num_workers=0) | options
+    return Watch(CPU, str(folder), Images(files, pretrain_transform(16, 0.5, 0.5)), 16, **settings)
+
+
+def mae(**options):
+    torch.manual_seed(0)
+    return models_mae.mae_vit_tiny_patch4(img_size=16, **options)
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_the_mean_image_s_loss_is_that_of_predicting_it_for_other_images(norm_pix):
+    model = mae(norm_pix_loss=norm_pix)
+    torch.manual_seed(1)
+    common = torch.randn(1, 3, 16, 16)
+    seen, others = (common + 0.5 * torch.randn(n, 3, 16, 16) for n in (4000, 4000))
+    patches = model.patchify(seen).double().numpy()
+    if norm_pix:
+        centred = patches - patches.mean(-1, keepdims=True)
+        patches = centred / np.sqrt((centred**2).sum(-1, keepdims=True) / 47 + 1e-6)
+    mean_image = torch.from_numpy(patches.mean(0)).float().expand(4000, -1, -1)
+    measured = model.forward_loss(others, mean_image, torch.ones(4000, 16)).item()
+    assert mean_image_loss(model, seen) == pytest.approx(measured, rel=0.01)
+    if not norm_pix:
+        assert mean_image_loss(model, seen) == pytest.approx(0.25, rel=0.01)
+
+
+def test_with_normalised_pixels_of_unlike_images_it_is_1():
+    assert mean_image_loss(mae(norm_pix_loss=True), torch.randn(2000, 3, 16, 16)) == pytest.approx(1, rel=0.03)
+
+
+def after_losses(watcher, losses):
+    """The warnings of a run with these losses, as (epoch, text)."""
+    model, run_log, warnings = mae(), RunLog(CPU, "", ""), []
+    for epoch, loss in enumerate(losses):
+        with project_log() as messages:
+            watcher.after_epoch(epoch, model, loss, run_log)
+        warnings += [(epoch, message) for message in messages if "learns nothing" in message]
+    return warnings
+
+
+def test_a_run_that_sits_at_the_mean_image_s_loss_is_told_so_every_few_epochs(images):
+    with project_log() as messages:
+        watcher = watch(images)
+        after_losses(watcher, [9.0])
+    level = watcher.level
+    assert f"gives {level:.4f}" in " ".join(messages)
+    warnings = after_losses(watch(images), [level] * 13)
+    assert [epoch for epoch, _ in warnings] == [5, 11]
+    assert f"the loss is {level:.4f}" in warnings[0][1] and "--blr" in warnings[0][1]
+    assert after_losses(watch(images), [3 * level] * 7), "above it as well"
+
+
+def test_a_run_that_learns_is_left_alone(images):
+    watcher = watch(images)
+    after_losses(watcher, [9.0])
+    level = watcher.level
+    assert not after_losses(watch(images), [0.9 * level] * 20), "below the level, even if it stands"
+    assert not after_losses(watch(images), [level * (3 - 0.1 * epoch) for epoch in range(20)]), "on its way down"
+
+
+def test_k_nn_counts_right_votes_whatever_the_chunks(monkeypatch):
+    torch.manual_seed(0)
+    train, test = (torch.randn(300, 5), torch.arange(300) % 3), (torch.randn(2500, 5), torch.arange(2500) % 3)
+    right = 0
+    directions = train[0].numpy() / np.linalg.norm(train[0].numpy(), axis=1, keepdims=True)
+    for feature, label in zip(test[0].numpy(), test[1].tolist(), strict=True):
+        nearest = np.argsort(-directions @ feature)[:7]
+        right += np.bincount(train[1].numpy()[nearest], minlength=3).argmax() == label
+    assert knn_accuracy(train, test, k=7) == pytest.approx(100 * right / 2500)
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+@pytest.fixture(scope="module")
+def watched(images, tmp_path_factory):
+    """A run of 2 epochs that is watched in each, with a broken image in val/."""
+    out = tmp_path_factory.mktemp("watched")
+    broken = images / "val" / "ant" / "broken.png"
+    broken.write_bytes(b"no image")
+    options = (*TINY, "--data_path", images, "--epochs", 2, "--num_workers", 0, "--output_dir", out, "--log_dir", out)
+    try:
+        done = run("main_pretrain.py", *options, "--picture_every", 1, "--knn_every", 1)
+    finally:
+        broken.unlink()
+    return out, done.stdout
+
+
+def test_tensorboard_gets_pictures_accuracies_and_gradient_norms(watched):
+    out, _ = watched
+    seen = events(out)
+    pictures = seen.Images("reconstructions")
+    assert [picture.step for picture in pictures] == [0, 1]
+    assert (pictures[0].width, pictures[0].height) == (8 * 134 + 6, 22 + 4 * 134), "8 images, two in a row"
+    assert pictures[0].encoded_image_string != pictures[1].encoded_image_string, "the model has moved on"
+    assert [point.step for point in seen.Scalars("perf/knn_acc1")] == [0, 1]
+    norms = [point.value for point in seen.Scalars("grad_norm")]
+    assert len(norms) == len(seen.Scalars("train_loss")) == 6 and min(norms) > 0
+
+
+def test_log_and_json_lines_have_them_too(watched):
+    out, said = watched
+    lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"train_lr", "train_loss", "epoch", "knn_acc1"}] * 2
+    for line in lines:
+        assert f"* k-NN Acc@1 {line['knn_acc1']:.3f} (k 8, 24 training and 13 validation images" in said
+    assert "chance 33.333" in said and "grad_norm: " in said and "to compare the loss with" in said
+
+
+def test_watching_changes_nothing(watched, images, tmp_path):
+    out = tmp_path / "unwatched"
+    options = (*TINY, "--data_path", images, "--epochs", 2, "--num_workers", 0, "--output_dir", out, "--log_dir", "")
+    run("main_pretrain.py", *options, "--picture_every", 0)
+    assert_same(load(out / "checkpoint-1.pth")["model"], load(watched[0] / "checkpoint-1.pth")["model"])
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_neighbours_that_one_finds(images, tmp_path):
+    accuracies = []
+    for start, out in ((run, tmp_path / "one"), (torchrun, tmp_path / "two")):
+        options = (*TINY, "--data_path", images, "--epochs", 1, "--num_workers", 0, "--lr", 0, "--knn_every", 1)
+        start("main_pretrain.py", *options, "--output_dir", out, "--log_dir", "")
+        accuracies.append(json.loads((out / "log.txt").read_text())["knn_acc1"])
+    assert accuracies[0] == pytest.approx(accuracies[1])
+
+
+def test_neighbours_without_class_folders_are_refused_before_the_model_is_built(images, tmp_path):
+    done = run(
+        "main_pretrain.py",
+        "--data_path",
+        images / "train",
+        "--batch_size",
+        8,
+        "--knn_every",
+        1,
+        "--output_dir",
+        "",
+        code=2,
+    )
+    assert "--knn_every needs class folders" in done.stderr and "parameters" not in done.stdout
+    write_image_folder(tmp_path, n_train=1, n_val=1, classes=("ant", "bee"))
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "cow")
+    with pytest.raises(ValueError, match="different class folders"):
+        watch(tmp_path, knn_every=1)

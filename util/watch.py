@@ -1,0 +1,133 @@
+"""What pretraining shows beside its loss: pictures, nearest neighbours, and a warning where nothing is learned."""
+
+from pathlib import Path
+
+import torch
+
+from models_mae import MaskedAutoencoderViT
+from util.datasets import Images, list_classes, list_images
+from util.dist import Dist, gather
+from util.errors import UserError
+from util.knn import knn_accuracy, mean_features
+from util.loader import eval_loader, normalise
+from util.log import RunLog, log
+from util.step import autocast_dtype
+from util.transforms import Size, eval_transform
+from util.visualize import reconstruct, seeded_noise, sheet
+
+N_PICTURES = 8
+N_LEVEL = 256  # images that the mean image is computed from
+N_TRAIN, N_VAL = 20_000, 5_000  # images for nearest neighbours, at most
+PATIENCE = 5  # epochs
+Files = list[tuple[str, int]]
+
+
+class Watch:
+    """Looks at the model after each epoch; changes nothing of the training.
+
+    `picture_every` and `knn_every` are in epochs, 0 for never. Raises UserError where nearest neighbours are asked for
+    and `data_path` has no class folders.
+    """
+
+    def __init__(
+        self, env: Dist, data_path: str, dataset: Images, size: Size, *, mask_ratio: float, amp: str,
+        picture_every: int, knn_every: int, num_workers: int,
+    ) -> None:  # fmt: skip
+        self.env, self.dataset, self.size, self.mask_ratio = env, dataset, size, mask_ratio
+        self.dtype, self.num_workers = autocast_dtype(amp, env.device), num_workers
+        self.picture_every, self.knn_every = picture_every, knn_every
+        try:
+            files = list_images(Path(data_path) / "val")
+        except UserError:  # no such folder, or an empty one
+            files = dataset.files
+        self.picture_files = _evenly(files, N_PICTURES)
+        self.knn_files = _labelled_files(Path(data_path)) if knn_every else None
+        self.level: float | None = None
+        self.losses: list[float] = []
+
+    def after_epoch(self, epoch: int, model: MaskedAutoencoderViT, loss: float, run_log: RunLog) -> dict[str, float]:
+        """`loss`: the epoch's mean. All ranks call this. Returns what log.txt should have beside it."""
+        seen = {}
+        # other shapes than training's are not worth a compilation
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            if self.env.is_main:
+                self._compare_with_mean(model, loss)
+                if self.picture_every and (epoch + 1) % self.picture_every == 0 and run_log.writer:
+                    run_log.image("reconstructions", self._draw(model), epoch)
+            if self.knn_every and (epoch + 1) % self.knn_every == 0:
+                seen["knn_acc1"] = self._nearest_neighbours(model)
+                run_log.scalar("perf/knn_acc1", seen["knn_acc1"], epoch)
+        model.train()
+        return seen
+
+    def _draw(self, model: MaskedAutoencoderViT):
+        imgs = torch.cat([imgs for imgs, _ in self._batches(self.picture_files, sharded=False)])
+        noise = seeded_noise(len(imgs), model.patch_embed.num_patches, seed=0).to(imgs.device)
+        return sheet(reconstruct(model, imgs, self.mask_ratio, noise), across=2)
+
+    def _batches(self, files: Files, sharded: bool):
+        # a validation image that cannot be decoded must not end the training
+        images = Images(files, eval_transform(self.size), skip_bad=True)
+        return eval_loader(images, 64, self.env, sharded, min(self.num_workers, len(files) // 64), pin_mem=True)
+
+    def _nearest_neighbours(self, model: MaskedAutoencoderViT) -> float:
+        splits = []
+        for files in self.knn_files:
+            files = files[: len(files) // self.env.world_size * self.env.world_size]  # the same share for each rank
+            with torch.autocast(self.env.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                own = mean_features(model, self._batches(files, sharded=True))
+            splits.append(tuple(gather(part.to(self.env.device)) for part in own))
+        (train, _), (_, labels) = splits
+        n_classes = int(labels.max()) + 1
+        k = max(min(20, len(train) // n_classes), 1)
+        accuracy = knn_accuracy(*splits, k)
+        log.info(
+            f"* k-NN Acc@1 {accuracy:.3f} (k {k}, {len(train)} training and {len(labels)} validation images; chance "
+            f"{100 / n_classes:.3f})"
+        )
+        return accuracy
+
+    def _compare_with_mean(self, model: MaskedAutoencoderViT, loss: float) -> None:
+        if self.level is None:
+            self.level = mean_image_loss(model, self._training_images())
+            log.info(f"to compare the loss with: the mean image, predicted for every image, gives {self.level:.4f}")
+        self.losses.append(loss)
+        if len(self.losses) > PATIENCE and loss > max(0.95 * self.level, 0.98 * self.losses[-1 - PATIENCE]):
+            log.warning(
+                f"the loss is {loss:.4f}, after {self.losses[-1 - PATIENCE]:.4f} {PATIENCE} epochs ago, and the mean "
+                f"image, predicted without a look at any, gives {self.level:.4f}: this run learns nothing. Try another "
+                "--blr (lower, or higher if it is tiny), a longer --warmup_epochs, --amp off; look at the images"
+            )
+            self.losses.clear()  # the next warning after as many epochs
+
+    def _training_images(self) -> torch.Tensor:
+        files = _evenly(self.dataset.files, N_LEVEL)
+        images = Images(files, self.dataset.transform, self.dataset.seed, skip_bad=True)
+        pixels, mirror, _ = zip(*(images[0, i] for i in range(len(images))), strict=True)
+        return normalise(torch.stack(pixels), torch.tensor(mirror)).to(self.env.device)
+
+
+def mean_image_loss(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> float:
+    """Normalised images [n, 3, H, W] -> the loss, on other images of their kind, of predicting their mean.
+
+    That is the least loss of a prediction which is the same for every image: the variance of the target over images
+    (unbiased), averaged over pixels. With norm_pix_loss it is near 1, less where images resemble each other.
+    """
+    target = model.target(model.patchify(imgs).float())
+    return target.var(dim=0).mean().item() if len(imgs) > 1 else 0.0
+
+
+def _labelled_files(root: Path) -> tuple[Files, Files]:
+    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+        raise UserError(f"--knn_every needs class folders, {root}/train/<class>/ and {root}/val/<class>/: leave it out")
+    train, classes = list_classes(root / "train")
+    val, val_classes = list_classes(root / "val")
+    if classes != val_classes:
+        raise UserError(f"--knn_every: train and val of {root} have different class folders, so that no label agrees")
+    return _evenly(train, N_TRAIN), _evenly(val, N_VAL)
+
+
+def _evenly(files: Files, n: int) -> Files:
+    """At most n of them, evenly spaced, so that all classes have their share."""
+    n = min(n, len(files))
+    return [files[i * len(files) // n] for i in range(n)]
