@@ -1,5 +1,7 @@
 """Pictures: un-normalised patches against closed forms, masks chosen by hand against the model's own masks."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -211,3 +213,19 @@ def test_heat_is_brightest_where_values_are_greatest():
     shown = heat(torch.zeros(3, 16, 16), values)
     assert shown[:, 15, 15].tolist() == pytest.approx([0.65] * 3) and shown[:, 0, 0].tolist() == [0, 0, 0]
     assert shown.shape == (3, 16, 16) and 0 <= shown.min() and shown.max() <= 1
+
+
+def test_the_readme_s_lines_extract_the_features_of_a_folder(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    block = next(part for part in readme.split("```")[1::2] if "features = torch.cat" in part).removeprefix("python")
+    model = models_mae.mae_vit_tiny_patch4().eval()
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(("decoder", "mask_"))}
+    torch.save({"model": weights, "args": {"model": "mae_vit_tiny_patch4"}}, tmp_path / "encoder.pth")
+    for i in range(3):
+        Image.new("RGB", (40, 32), (80 * i, 0, 0)).save(tmp_path / f"{i}.jpg")
+    block = block.replace("output_dir/pretrain/checkpoint-399.pth", str(tmp_path / "encoder.pth"))
+    scope = {}
+    exec(block.replace("/path/to/images", str(tmp_path)), scope)
+    images = from_images([Image.open(tmp_path / f"{i}.jpg") for i in range(3)], (32, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(scope["features"], model.encode(images)[0])
