@@ -1,16 +1,20 @@
 """What pretraining shows beside its loss: pictures, nearest neighbours, and a warning where nothing is learned."""
 
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset, Subset
 
 from models_mae import MaskedAutoencoderViT
 from util.datasets import Images, list_classes, list_images
 from util.dist import Dist, gather
 from util.errors import UserError
 from util.knn import knn_accuracy, mean_features
-from util.loader import eval_loader, normalise
+from util.loader import DeviceLoader, eval_loader, normalise
 from util.log import RunLog, log
+from util.readers import Stream
 from util.step import autocast_dtype
 from util.transforms import Size, eval_transform
 from util.visualize import reconstruct, seeded_noise, sheet
@@ -26,31 +30,37 @@ class Watch:
     """Looks at the model after each epoch; changes nothing of the training.
 
     `picture_every` and `knn_every` are in epochs, 0 for never. Raises UserError where nearest neighbours are asked for
-    and `data_path` has no class folders.
+    and `data_path` has no class folders. Of a stream it shows nothing.
     """
 
     def __init__(
-        self, env: Dist, data_path: str, dataset: Images, size: Size, *, mask_ratio: float, amp: str,
+        self, env: Dist, data_path: str | None, dataset: Images | Stream, size: Size, *, mask_ratio: float, amp: str,
         picture_every: int, knn_every: int, num_workers: int,
     ) -> None:  # fmt: skip
         self.env, self.dataset, self.size, self.mask_ratio = env, dataset, size, mask_ratio
         self.dtype, self.num_workers = autocast_dtype(amp, env.device), num_workers
         self.picture_every, self.knn_every = picture_every, knn_every
-        try:
-            files = list_images(Path(data_path) / "val")
-        except UserError:  # no such folder, or an empty one
-            files = dataset.files
-        self.picture_files = _evenly(files, N_PICTURES)
+        if isinstance(dataset, Stream) and knn_every:
+            raise UserError("--knn_every needs class folders, not a stream of --dataset: leave it out")
         self.knn_files = _labelled_files(Path(data_path)) if knn_every else None
+        self.pictured = None if isinstance(dataset, Stream) else self._pictured(data_path)
         self.level: float | None = None
         self.losses: list[float] = []
+
+    def _pictured(self, data_path: str | None) -> Dataset:
+        """A few images of val/, or of what is trained on."""
+        try:
+            images = Images(list_images(Path(data_path or "") / "val"), eval_transform(self.size), skip_bad=True)
+        except UserError:  # no such folder, or an empty one
+            images = _view(self.dataset, eval_transform(self.size))
+        return Subset(images, _evenly(range(len(images)), N_PICTURES))
 
     def after_epoch(self, epoch: int, model: MaskedAutoencoderViT, loss: float, run_log: RunLog) -> dict[str, float]:
         """`loss`: the epoch's mean. All ranks call this. Returns what log.txt should have beside it."""
         seen = {}
         # other shapes than training's are not worth a compilation
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            if self.env.is_main:
+            if self.env.is_main and self.pictured:  # a stream would have to be read from its start
                 self._compare_with_mean(model, loss)
                 if self.picture_every and (epoch + 1) % self.picture_every == 0 and run_log.writer:
                     run_log.image("reconstructions", self._draw(model), epoch)
@@ -61,21 +71,21 @@ class Watch:
         return seen
 
     def _draw(self, model: MaskedAutoencoderViT):
-        imgs = torch.cat([imgs for imgs, _ in self._batches(self.picture_files, sharded=False)])
+        imgs = torch.cat([imgs for imgs, _ in self._batches(self.pictured, sharded=False)])
         noise = seeded_noise(len(imgs), model.patch_embed.num_patches, seed=0).to(imgs.device)
         return sheet(reconstruct(model, imgs, self.mask_ratio, noise), across=2)
 
-    def _batches(self, files: Files, sharded: bool):
-        # a validation image that cannot be decoded must not end the training
-        images = Images(files, eval_transform(self.size), skip_bad=True)
-        return eval_loader(images, 64, self.env, sharded, min(self.num_workers, len(files) // 64), pin_mem=True)
+    def _batches(self, images: Dataset, sharded: bool) -> DeviceLoader:
+        return eval_loader(images, 64, self.env, sharded, min(self.num_workers, len(images) // 64), pin_mem=True)
 
     def _nearest_neighbours(self, model: MaskedAutoencoderViT) -> float:
         splits = []
         for files in self.knn_files:
             files = files[: len(files) // self.env.world_size * self.env.world_size]  # the same share for each rank
+            # a validation image that cannot be decoded must not end the training
+            images = Images(files, eval_transform(self.size), skip_bad=True)
             with torch.autocast(self.env.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                own = mean_features(model, self._batches(files, sharded=True))
+                own = mean_features(model, self._batches(images, sharded=True))
             splits.append(tuple(gather(part.to(self.env.device)) for part in own))
         (train, _), (_, labels) = splits
         n_classes = int(labels.max()) + 1
@@ -101,9 +111,8 @@ class Watch:
             self.losses.clear()  # the next warning after as many epochs
 
     def _training_images(self) -> torch.Tensor:
-        files = _evenly(self.dataset.files, N_LEVEL)
-        images = Images(files, self.dataset.transform, self.dataset.seed, skip_bad=True)
-        pixels, mirror, _ = zip(*(images[0, i] for i in range(len(images))), strict=True)
+        images = _view(self.dataset, self.dataset.transform)
+        pixels, mirror, _ = zip(*(images[0, i] for i in _evenly(range(len(images)), N_LEVEL)), strict=True)
         return normalise(torch.stack(pixels), torch.tensor(mirror)).to(self.env.device)
 
 
@@ -127,7 +136,14 @@ def _labelled_files(root: Path) -> tuple[Files, Files]:
     return _evenly(train, N_TRAIN), _evenly(val, N_VAL)
 
 
-def _evenly(files: Files, n: int) -> Files:
+def _view(dataset: Images, transform: Callable) -> Images:
+    """The same images under another transform, passing over broken ones without a note of them."""
+    view = copy.copy(dataset)
+    view.transform, view.skip_bad, view.bad = transform, True, torch.zeros_like(dataset.bad)
+    return view
+
+
+def _evenly(items: Sequence, n: int) -> list:
     """At most n of them, evenly spaced, so that all classes have their share."""
-    n = min(n, len(files))
-    return [files[i * len(files) // n] for i in range(n)]
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
