@@ -4,7 +4,7 @@ BIN := .venv/bin
 # on few cores, threads that wait for one another must sleep: spinning, they keep the loader's workers from running
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint benchmarks clean
 
 demo: .venv/installed  ## pretrain a tiny MAE on real digits, probe it, draw what it sees
 	$(BIN)/python -m demo.run
@@ -24,6 +24,17 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
+
+# the tables of BENCHMARKS.md for a GPU of 80 GB, as JSON files below benchmarks/results
+RESULTS := benchmarks/results
+benchmarks: .venv/installed  ## on a GPU
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m benchmarks.throughput --models mae_vit_base_patch16 vit_base_patch16 --batch_size 256 --json $(RESULTS)/base.json
+	$(BIN)/python -m benchmarks.throughput --models mae_vit_large_patch16 vit_large_patch16 --batch_size 128 --json $(RESULTS)/large.json
+	$(BIN)/python -m benchmarks.throughput --models mae_vit_huge_patch14 vit_huge_patch14 --batch_size 64 --json $(RESULTS)/huge.json
+	$(BIN)/python -m benchmarks.dataloader --images 8192 --batch_size 128 --num_workers 16 --model mae_vit_large_patch16 --json $(RESULTS)/loader.json
+	$(BIN)/python -m benchmarks.dataloader --images 8192 --batch_size 128 --num_workers 16 --recipe finetune --json $(RESULTS)/loader_finetune.json
+	$(BIN)/python -m pytest tests/test_speed.py tests/test_gpu_decode.py
 
 clean:
 	rm -rf .venv demo/output

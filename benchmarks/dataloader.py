@@ -149,6 +149,9 @@ def make_loaders(recipe: str, root: Path, batch_size: int, num_workers: int, dev
     ours = train_loader(images, sampler, num_workers, pin_mem=True)
     loaders["ours, uint8"] = (ours.loader, sampler.set_epoch)
     loaders["ours"] = (ours, sampler.set_epoch)
+    if device.type == "cuda" and recipe == "pretrain":
+        on_gpu = train_loader(images, sampler, num_workers, pin_mem=True, decode="cuda")
+        loaders["ours, GPU"] = (on_gpu, sampler.set_epoch)
     loaders["decode alone"] = (DataLoader(Decoded(files), **workers, drop_last=True), None)
     return loaders
 

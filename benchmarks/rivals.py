@@ -43,6 +43,10 @@ def pretraining_step(name: str, device: torch.device, compile_: str = "auto") ->
     """The step of main_pretrain.py for the model `name`. `compile_`: auto, on or off."""
     model = models_mae.MODELS[name](norm_pix_loss=True).to(device)
     speed.prepare(model, compile_, False, device)
+    return _pretraining_step(model, device)
+
+
+def _pretraining_step(model: nn.Module, device: torch.device) -> TrainStep:
     dtype = autocast_dtype("auto", device)
     speed.set_backends(dtype)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -52,6 +56,12 @@ def pretraining_step(name: str, device: torch.device, compile_: str = "auto") ->
         step(lambda: model(imgs, mask_ratio=0.75, loss_only=True), update=True)
 
     return run
+
+
+def pretraining_step_compiled_whole(name: str, device: torch.device) -> TrainStep:
+    """The same, with the model compiled as one instead of block by block: slower to start."""
+    model = models_mae.MODELS[name](norm_pix_loss=True).to(device)
+    return _pretraining_step(torch.compile(model), device)
 
 
 def finetuning_step(name: str, device: torch.device, compile_: str = "auto") -> TrainStep:

@@ -3,6 +3,7 @@
 Synthetic images stay on the device, so nothing but the step is measured. Rivals of a pretraining model:
   ours, compiled          the step of main_pretrain.py with compiled blocks, the default on CUDA
   ours, eager             the same with --compile off, the default elsewhere
+  ours, compiled whole    the same, compiled as one model instead of block by block
   as the original trains  its habits on today's torch: see benchmarks/rivals.py
   Hugging Face            ViTMAEForPreTraining: sdpa, bf16, fused AdamW
   Hugging Face, compiled  the same under torch.compile
@@ -27,6 +28,7 @@ from util import flops
 PRETRAINING = {
     "ours, compiled": functools.partial(rivals.pretraining_step, compile_="on"),
     "ours, eager": functools.partial(rivals.pretraining_step, compile_="off"),
+    "ours, compiled whole": rivals.pretraining_step_compiled_whole,
     "as the original trains": rivals.as_the_original_trains,
     "Hugging Face": functools.partial(rivals.hugging_face_step, compile_=False),
     "Hugging Face, compiled": functools.partial(rivals.hugging_face_step, compile_=True),
