@@ -40,8 +40,8 @@ class Watch:
         self.env, self.dataset, self.size, self.mask_ratio = env, dataset, size, mask_ratio
         self.dtype, self.num_workers = autocast_dtype(amp, env.device), num_workers
         self.picture_every, self.knn_every = picture_every, knn_every
-        if isinstance(dataset, Stream) and knn_every:
-            raise UserError("--knn_every needs class folders, not a stream of --dataset: leave it out")
+        if knn_every and not data_path:
+            raise UserError("--knn_every needs class folders below --data_path, not --dataset: leave it out")
         self.knn_files = _labelled_files(Path(data_path)) if knn_every else None
         self.pictured = None if isinstance(dataset, Stream) else self._pictured(data_path)
         self.level: float | None = None
