@@ -229,3 +229,12 @@ def test_the_readme_s_lines_extract_the_features_of_a_folder(tmp_path):
     images = from_images([Image.open(tmp_path / f"{i}.jpg") for i in range(3)], (32, 32))
     with torch.no_grad():
         torch.testing.assert_close(scope["features"], model.encode(images)[0])
+
+
+@pytest.mark.parametrize("side", [96, 128, 224])
+def test_titles_keep_to_their_columns(side):
+    pictures = reconstruct(mae(norm_pix_loss=True), images(32, n=1))
+    top = np.array(sheet(pictures, side=side).crop((0, 0, 4 * (side + 6) + 6, 36)).convert("L"))
+    for column in range(1, 5):
+        gap = top[:, column * (side + 6) + 1 : column * (side + 6) + 5]
+        assert (gap == 255).all(), "white between two titles"

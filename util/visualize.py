@@ -148,7 +148,9 @@ def sheet(pictures: Pictures, side: int = 128, gap: int = 6, across: int = 1) ->
 
 def grid_of(rows: list[list[torch.Tensor]], titles: list[str], cell: tuple[int, int], gap: int = 6) -> Image.Image:
     """Rows of pictures [3, H, W] -> one image, a title above each column; `cell` is (width, height) in pixels."""
-    font = ImageFont.load_default(12)
+    lines = [line for title in titles for line in title.split("\n")]
+    fonts = (ImageFont.load_default(size) for size in (12, 11, 10, 9, 8, 7))
+    font = next(font for font in fonts if font.size == 7 or max(map(font.getlength, lines)) <= cell[0])
     top = gap + 16 * max(title.count("\n") + 1 for title in titles)
     size = (len(titles) * (cell[0] + gap) + gap, top + len(rows) * (cell[1] + gap))
     canvas = Image.new("RGB", size, "white")
