@@ -48,6 +48,7 @@ def setup_logging(env: Dist, output_dir: str) -> None:
         except OSError as error:
             raise UserError(f"--output_dir {output_dir} cannot be written ({error}): name another folder") from error
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        file.handleError = lambda record: None  # a full disk: the console has the line, and this file later
         log.addHandler(file)
 
 
