@@ -94,6 +94,15 @@ def test_skipped_files_of_training_workers_are_listed_every_epoch(six, tmp_path)
         assert dataset.take_bad() == [six[4][0]]
 
 
+def test_picture_of_one_line_is_refused_before_it_takes_gigabytes(tmp_path):
+    """Its shorter side would be resized to 256, and the other to 256 times as many pixels."""
+    Image.new("L", (1, 1001)).save(tmp_path / "line.png")
+    with pytest.raises(UserError, match="line.png.*1 x 1001 pixels"):
+        Images([(str(tmp_path / "line.png"), 0)], eval_transform(16))[0]
+    Image.new("L", (1000, 1)).save(tmp_path / "line.png")
+    assert Images([(str(tmp_path / "line.png"), 0)], eval_transform(16))[0][0].shape == (16, 16, 3)
+
+
 def test_skipping_gives_up_where_nothing_is_good(six, tmp_path):
     for i in range(6):
         break_file(tmp_path / f"{i}.png", "noise")

@@ -295,9 +295,22 @@ BAD_STATES = {
     "parameter of words": ("optimizer/param_groups/0/params", [0, "1"], "'1'"),
     "moment of another shape": ("optimizer/state/0/exp_avg", torch.zeros(2, 4), "exp_avg of parameter 0 is of shape"),
     "moment of words": ("optimizer/state/1/exp_avg_sq", "0", "exp_avg_sq of parameter 1 is str"),
+    "no moments": ("optimizer/state/1", None, "parameter 1 lacks"),
+    "state of nobody": ("optimizer/state/7", {}, "in no group, such as '7'"),
     "state of words": ("optimizer/state/1", "0", "parameter 1 lacks"),
     "step of words": ("optimizer/state/1/step", [1], "step of parameter 1 is list"),
-    "scaler of words": ("scaler", {"scale": "1"}, "loss scaler"),
+    "moment of whole numbers": ("optimizer/state/0/exp_avg", torch.zeros(2, 3, dtype=torch.int64), "exp_avg of param"),
+    "rate of words": ("optimizer/param_groups/0/lr", "0.1", "learning rates"),
+    "scaler of words": ("scaler/scale", "1", "scale of its loss scaler is '1'"),
+    "scaler of nothing known": ("scaler", {"a": 1}, "scale of its loss scaler is 'None'"),
+    "scaler in a list": ("scaler", [1.0], "its loss scaler is a list"),
+    "iteration of words": ("iteration", "2", "iteration is '2'"),
+    "no batch size": ("args", {"accum_iter": 1}, "batch_size is 'None'"),
+    "no steps an update": ("args/accum_iter", 0, "accum_iter is '0'"),
+    "no processes": ("world_size", -1, "world_size is '-1'"),
+    "progress of words": ("progress/sums", "loss", "progress is no dict"),
+    "best of words": ("best", "checkpoint-2.pth", "best is 'checkpoint-2.pth'"),
+    "accuracy of words": ("max_accuracy", "50", "max_accuracy is '50'"),
 }
 
 
@@ -305,10 +318,15 @@ BAD_STATES = {
 def test_training_state_that_cannot_go_on_is_refused(name, tmp_path):
     path, value, expected = BAD_STATES[name]
     optimizer = optimizers()["AdamW"]
-    state = {"epoch": 3, "optimizer": optimizer.state_dict(), "scaler": {"scale": 1.0}}
-    untrusted.check_training_state(state, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    state = {
+        "epoch": 3, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "iteration": 2, "world_size": 1,
+        "args": {"batch_size": 4, "accum_iter": 1}, "progress": {"sums": {"loss": 1.0}, "counts": {"loss": 2}},
+        "best": (50.0, 2), "max_accuracy": 50.0,
+    }  # fmt: skip
+    untrusted.check_training_state(state, optimizer, scaler)
     with pytest.raises(ValueError, match=re.escape(expected)):
-        untrusted.check_training_state(changed(state, path, value), optimizer)
+        untrusted.check_training_state(changed(state, path, value), optimizer, scaler)
 
 
 def test_state_of_another_optimizer_is_refused():

@@ -4,7 +4,6 @@ Everything is loaded with weights_only=True: a checkpoint from elsewhere is data
 it is written: util/saving.py. Resuming a run: util/resume.py.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -26,6 +25,8 @@ def load(path_or_url: str | Path) -> dict:
     but tensors, plain values and an `argparse.Namespace` (as files of the original code do).
     """
     url = str(path_or_url)
+    if "://" in url and not url.startswith("https://"):
+        raise UserError(f"no checkpoint {url}: give a file or an https:// URL")
     path = download.fetch(url) if url.startswith("https://") else Path(path_or_url)
     try:
         state = convert.as_checkpoint(untrusted.read(path))
@@ -106,6 +107,8 @@ def load_pretrained(path_or_url: str, model: nn.Module) -> None:
             del state_dict[name]
     try:
         interpolate_pos_embed(model, state_dict, _trained_grid(state, model))
+    except UserError as error:
+        raise UserError(f"{path_or_url}: {error.message}") from error
     except RuntimeError as error:
         raise UserError(f"the positions of {path_or_url} have another width than --model: {error}") from error
     may_be_missing = {name for name in own if name.startswith(("head.", "fc_norm."))}
@@ -116,9 +119,7 @@ def load_pretrained(path_or_url: str, model: nn.Module) -> None:
 
 def _trained_grid(state: dict, model: nn.Module) -> tuple[int, int] | None:
     """The grid that the checkpoint's own arguments tell; None where they don't."""
-    args = state.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args or {}
-    size = args.get("input_size")
+    size = untrusted.options_of(state).get("input_size")
     if not size:
         return None
     height, width = (size, size) if isinstance(size, int) else size

@@ -32,7 +32,11 @@ class _Help(argparse.HelpFormatter):
 def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.Namespace:
     """Read the command line with `script_parser`, which is made with add_help=False."""
     parser = argparse.ArgumentParser(parents=[script_parser], description=description, formatter_class=_Help)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if value == []:  # what argparse makes of --name=--
+            parser.error(f"argument --{name}: expected a value, got '--'")
+    return args
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -138,8 +142,17 @@ def _number(kind: type, text: str):
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:80]} is too large")
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
+def _side(text: str) -> int:
+    """Option type: an image side in pixels; no machine holds the attention of larger images than this."""
+    if (value := positive(text)) > 16384:
+        raise argparse.ArgumentTypeError(f"{text} is above 16384")
     return value
 
 
@@ -188,7 +201,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callabl
         "--model", default=default, choices=list(models), metavar="NAME", help=f"one of: {', '.join(models)}"
     )
     group.add_argument(
-        "--input_size", default=224, type=positive, nargs="+", action=SizeAction, metavar="PIXELS",
+        "--input_size", default=224, type=_side, nargs="+", action=SizeAction, metavar="PIXELS",
         help="image side in pixels, or height and width; a multiple of the patch size",
     )  # fmt: skip
 

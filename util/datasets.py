@@ -94,7 +94,7 @@ def _check_classes(train: list[str], val: list[str], nb_classes: int) -> None:
 
 def _existing_folder(root: str | Path) -> Path:
     root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # unlike Path.is_dir, this takes names that are too long
         raise UserError(f"no folder {root}: --data_path must hold train/ and val/ (pretraining: any folder of images)")
     return root
 
@@ -137,7 +137,7 @@ class Images(Dataset):
         for offset in range(len(self)):
             try:
                 data, label = self.read((index + offset) % len(self))
-                return decode(data), label
+                return _not_a_line(decode(data)), label
             except UserError:
                 raise
             except Exception as error:  # decoders raise whatever they like
@@ -154,6 +154,14 @@ class Images(Dataset):
         paths = [self.name(i) for i in self.bad.nonzero().flatten().tolist()]
         self.bad.zero_()
         return paths
+
+
+def _not_a_line(pixels: torch.Tensor) -> torch.Tensor:
+    """[3, H, W] -> the same. Raises ValueError for what would take gigabytes once its shorter side is resized."""
+    height, width = pixels.shape[1:]
+    if max(height, width) > 1000 * min(height, width):
+        raise ValueError(f"{width} x {height} pixels: one side is over 1000 times the other")
+    return pixels
 
 
 def report_bad(dataset: Images) -> None:

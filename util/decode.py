@@ -1,6 +1,7 @@
 """From an image file's bytes to pixels, uint8 RGB: with torchvision where that gives what Pillow gives, else Pillow."""
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -17,7 +18,6 @@ warnings.filterwarnings("ignore", message="Palette images with Transparency", ca
 warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
 
 JPEG = b"\xff\xd8\xff"
-_BOMB_BYTES = 2**20  # a smaller file of these formats cannot unpack to much more than 1 GB
 
 
 def decode(data: torch.Tensor) -> torch.Tensor:
@@ -38,8 +38,8 @@ def decode(data: torch.Tensor) -> torch.Tensor:
 
 def _decode_fast(data: torch.Tensor, is_jpeg: bool) -> torch.Tensor | None:
     """None where Pillow has to decide: damaged files, CMYK, animations."""
-    if len(data) > _BOMB_BYTES:
-        Image.open(io.BytesIO(data.numpy())).close()  # reads the header alone; raises where it promises gigabytes
+    if is_jpeg and _jpeg_pixels(memoryview(data.numpy())) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+        return None  # a few bytes may promise gigabytes, which torchvision would fill; Pillow raises
     try:
         pixels = decode_image(data, mode=ImageReadMode.UNCHANGED)
     except (RuntimeError, ValueError):
@@ -49,6 +49,19 @@ def _decode_fast(data: torch.Tensor, is_jpeg: bool) -> torch.Tensor | None:
     if len(pixels) < 3:  # grey; its transparency is dropped
         return pixels[:1].expand(3, -1, -1)
     return pixels[:3]
+
+
+def _jpeg_pixels(data: memoryview) -> int:
+    """Width times height, from the frame header; 0 where there is none."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # precision, height, width follow the length
+            height, width = data[place + 5] << 8 | data[place + 6], data[place + 7] << 8 | data[place + 8]
+            return height * width
+        # 0xFF may be repeated before a marker
+        place += 1 if marker == 0xFF else 2 + (data[place + 2] << 8 | data[place + 3])
+    return 0
 
 
 def _decode_with_pillow(data: torch.Tensor) -> torch.Tensor:

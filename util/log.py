@@ -61,7 +61,10 @@ class RunLog:
 
     def __init__(self, env: Dist, output_dir: str, log_dir: str, start_epoch: int = 0) -> None:
         self.path = Path(output_dir) / "log.txt" if env.is_main and output_dir else None
-        self.writer = SummaryWriter(log_dir) if env.is_main and log_dir else None
+        try:
+            self.writer = SummaryWriter(log_dir) if env.is_main and log_dir else None
+        except (OSError, ValueError, ImportError) as error:  # ValueError, ImportError: of addresses such as s3://…
+            raise UserError(f"--log_dir {log_dir} cannot be written ({error}): name another folder, or ''") from error
         self.waiting = ""
         if self.path and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)

@@ -5,6 +5,7 @@ Readers of the first kind give any image by its number (tar, hfds/NAME) and are 
 their order and augmentation come from (seed, epoch), but change with the number of processes and workers.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def pretraining_images(
     if not root:
         raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
     folder = Path(root) / "train"
-    folder = folder if folder.is_dir() else Path(root)
+    folder = folder if os.path.isdir(folder) else Path(root)  # unlike Path.is_dir, this takes names that are too long
     log.info(f"training on the images below {folder}")
     return Images(list_images(folder), transform, seed, skip_bad)
 

@@ -110,15 +110,14 @@ def resume(
     if not path:
         return Start(args.start_epoch)
     state = checkpoint.load(path)
-    saved_args = state.get("args") or {}
-    saved_args = vars(saved_args) if isinstance(saved_args, argparse.Namespace) else saved_args
+    saved_args = untrusted.options_of(state)
     _check_size(path, saved_args, args)
     checkpoint.load_strictly(model, state["model"], path)
     if "optimizer" not in state or "epoch" not in state:
         log.info(f"resumed {path}")
         return Start()
     try:
-        untrusted.check_training_state(state, optimizer)
+        untrusted.check_training_state(state, optimizer, scaler)
     except ValueError as error:
         raise UserError(
             f"the training state of {path} does not fit: {error}. Resume with the options it was trained with, such as "
