@@ -203,6 +203,26 @@ def test_failed_save_is_loud_and_tried_again_at_the_next_epoch(mode, tmp_path, m
     assert names(tmp_path) == ["checkpoint-2.pth"]
 
 
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_folder_that_vanishes_for_a_while_is_not_made_anew(mode, tmp_path):
+    """As a mount that is lost: what was written in its place would be on another disk, and below it later."""
+    folder, elsewhere = tmp_path / "mount" / "run", tmp_path / "elsewhere"
+    folder.mkdir(parents=True)
+    one = saver(folder, async_save=mode)
+    one.after_epoch(0)
+    one._wait()
+    folder.rename(elsewhere)
+    with project_log() as lines:
+        one.after_epoch(1)
+        one._wait()
+    assert any("COULD NOT BE SAVED" in line and "No such file" in line for line in lines)
+    assert not folder.exists()
+    elsewhere.rename(folder)
+    one.after_epoch(2)
+    one._wait()
+    assert names(folder) == ["checkpoint-0.pth", "checkpoint-2.pth"]
+
+
 def test_end_of_the_run_is_tried_until_it_is_saved_or_refused(tmp_path, monkeypatch):
     write, tries = saving.save, []
 

@@ -29,8 +29,10 @@ LAST_TRIES_SECONDS = (1, 5, 20, 60)  # pauses before the state is given up that 
 
 
 def save(path: Path, state: dict) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
+
+    Its folder must be there: where a mount has vanished, making it would fill the disk below.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
