@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 from torchvision.transforms.functional import to_pil_image  # noqa: E402
 
+from util import cli  # noqa: E402
 from util.build import open_model  # noqa: E402
 from util.errors import UserError  # noqa: E402
 from util.visualize import (  # noqa: E402
@@ -276,8 +277,15 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, help="where to listen on this machine (default: a free one from 7860)")
     args = parser.parse_args()
+    checkpoints = local_checkpoints(args.checkpoint)
+    try:
+        _opened(next(iter({**checkpoints, **RELEASED}.values())))
+    except UserError as error:
+        cli.fail(
+            UserError(f"{error.message}. Without one there is nothing to show: give a checkpoint, or run make demo")
+        )
     examples = write_examples(Path(gr.utils.get_upload_folder()) / "mae_examples")
-    page = build(local_checkpoints(args.checkpoint), examples)
+    page = build(checkpoints, examples)
     page.launch(
         server_port=args.port, css=CSS, theme=THEME, max_file_size=f"{MAX_MEGABYTES}mb",
         footer_links=[], state_session_capacity=300,  # each visitor's picture takes up to 3 MB

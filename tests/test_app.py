@@ -154,6 +154,15 @@ def test_checkpoints_given_come_before_the_environment_s_and_the_demo_s(tmp_path
     assert list(app.local_checkpoints(["x/c.pth", "y/c.pth"])) == ["c (x)", "c (y)"]
 
 
+def test_without_weights_the_server_does_not_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["app.py", str(tmp_path / "lost.pth")])
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "no checkpoint" in said and "lost.pth" in said and "make demo" in said
+
+
 @pytest.mark.slow
 def test_a_base_model_answers_in_two_seconds_on_two_cores(monkeypatch):
     model = models_mae.mae_vit_base_patch16().eval()  # random: nobody looks at it
