@@ -22,7 +22,7 @@ from util.visualize import reconstruct, seeded_noise, sheet
 N_PICTURES = 8
 N_LEVEL = 256  # images that the mean image is computed from
 N_TRAIN, N_VAL = 20_000, 5_000  # images for nearest neighbours, at most
-PATIENCE = 5  # epochs
+PATIENCE = 10  # epochs; small data sets rest at the mean image for some before they learn
 Files = list[tuple[str, int]]
 
 
@@ -105,8 +105,9 @@ class Watch:
         if len(self.losses) > PATIENCE and loss > max(0.95 * self.level, 0.98 * self.losses[-1 - PATIENCE]):
             log.warning(
                 f"the loss is {loss:.4f}, after {self.losses[-1 - PATIENCE]:.4f} {PATIENCE} epochs ago, and the mean "
-                f"image, predicted without a look at any, gives {self.level:.4f}: this run learns nothing. Try another "
-                "--blr (lower, or higher if it is tiny), a longer --warmup_epochs, --amp off; look at the images"
+                f"image, predicted without a look at any, gives {self.level:.4f}: nothing is learned yet. If it stays "
+                "so, try another --blr (lower, or higher if it is tiny), a longer --warmup_epochs or --amp off; look "
+                "at the images"
             )
             self.losses.clear()  # the next warning after as many epochs
 
