@@ -445,7 +445,7 @@ def run_image(number: int, folder: Path) -> str:
 # all of them
 
 KINDS = {"options": run_options, "checkpoint": run_checkpoint, "image": run_image}
-N_CASES = {"options": 1500, "checkpoint": 1000, "image": 4000}
+N_CASES = {"options": 1000, "checkpoint": 800, "image": 4000}
 TIMES = int(os.environ.get("MAE_FUZZ", "1"))
 
 
