@@ -24,7 +24,7 @@ from models_mae import MODELS as MAE_MODELS
 from models_mae import MaskedAutoencoderViT
 from models_vit import MODELS as VIT_MODELS
 from models_vit import VisionTransformer
-from util import checkpoint, untrusted
+from util import checkpoint, contents
 from util.architecture import describe
 from util.errors import UserError
 from util.lars import LARS
@@ -324,9 +324,9 @@ def test_training_state_that_cannot_go_on_is_refused(name, tmp_path):
         "args": {"batch_size": 4, "accum_iter": 1}, "progress": {"sums": {"loss": 1.0}, "counts": {"loss": 2}},
         "best": (50.0, 2), "max_accuracy": 50.0,
     }  # fmt: skip
-    untrusted.check_training_state(state, optimizer, scaler)
+    contents.check_training_state(state, optimizer, scaler)
     with pytest.raises(ValueError, match=re.escape(expected)):
-        untrusted.check_training_state(changed(state, path, value), optimizer, scaler)
+        contents.check_training_state(changed(state, path, value), optimizer, scaler)
 
 
 def test_state_of_another_optimizer_is_refused():
@@ -334,8 +334,8 @@ def test_state_of_another_optimizer_is_refused():
     for ours, theirs in (("AdamW", "LARS"), ("LARS", "AdamW")):
         state = {"epoch": 3, "optimizer": both[theirs].state_dict()}
         with pytest.raises(ValueError, match="lacks"):
-            untrusted.check_training_state(state, both[ours])
-        untrusted.check_training_state({"epoch": 3, "optimizer": both[ours].state_dict()}, both[ours])
+            contents.check_training_state(state, both[ours])
+        contents.check_training_state({"epoch": 3, "optimizer": both[ours].state_dict()}, both[ours])
 
 
 # the rule itself

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import convert, download, untrusted
+from util import contents, convert, download, untrusted
 from util.architecture import describe, is_masked_autoencoder
 from util.download import RELEASES
 from util.errors import UserError
@@ -30,7 +30,7 @@ def load(path_or_url: str | Path) -> dict:
     path = download.fetch(url) if url.startswith("https://") else Path(path_or_url)
     try:
         state = convert.as_checkpoint(untrusted.read(path))
-        untrusted.check_state_dict(state, path)
+        contents.check_state_dict(state, path)
     except UserError as error:
         if url.startswith("https://"):
             raise UserError(f"{error.message}. It came from {url}: remove it to download it again") from error
@@ -119,7 +119,7 @@ def load_pretrained(path_or_url: str, model: nn.Module) -> None:
 
 def _trained_grid(state: dict, model: nn.Module) -> tuple[int, int] | None:
     """The grid that the checkpoint's own arguments tell; None where they don't."""
-    size = untrusted.options_of(state).get("input_size")
+    size = contents.options_of(state).get("input_size")
     if not size:
         return None
     height, width = (size, size) if isinstance(size, int) else size

@@ -79,7 +79,7 @@ def cache_path(url: str) -> Path:
 def _parsed(url: str) -> ParseResult:
     try:
         parsed = urlparse(url)
-        reason = "" if parsed.hostname and parsed.port != 0 else "it names no server"
+        reason = "" if parsed.hostname and parsed.port != 0 else "it names no server"  # .port raises ValueError too
     except ValueError as error:
         reason = error
     if reason:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import checkpoint, untrusted
+from util import checkpoint, contents
 from util.dist import Dist, on_main
 from util.errors import UserError
 from util.log import Part, log
@@ -110,14 +110,14 @@ def resume(
     if not path:
         return Start(args.start_epoch)
     state = checkpoint.load(path)
-    saved_args = untrusted.options_of(state)
+    saved_args = contents.options_of(state)
     _check_size(path, saved_args, args)
     checkpoint.load_strictly(model, state["model"], path)
     if "optimizer" not in state or "epoch" not in state:
         log.info(f"resumed {path}")
         return Start()
     try:
-        untrusted.check_training_state(state, optimizer, scaler)
+        contents.check_training_state(state, optimizer, scaler)
     except ValueError as error:
         raise UserError(
             f"the training state of {path} does not fit: {error}. Resume with the options it was trained with, such as "
