@@ -132,8 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how many lives to cut short (default: 100)")
     parser.add_argument("--processes", type=int, default=1, help="processes of the run (default: 1)")
-    parser.add_argument("--by", default="KILL", help="the signal: KILL to all processes, or another to one of them, "
-                        "which must then save and leave together (default: KILL)")  # fmt: skip
+    parser.add_argument("--by", default="KILL", help="the signal: KILL to all processes; or others, such as "
+                        "TERM,USR1, to one of them, and all must save and leave together (default: KILL)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="decides the moments (default: 0)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -158,7 +158,7 @@ def cut_short(folder: Path, kills: int, processes: int, by: str, draw: random.Ra
             if by == "KILL":
                 at_end = live_and_kill(images, other, processes, seconds, done < kills and draw.random() < 0.5)
             else:
-                number, rank = signal.Signals[f"SIG{by}"], draw.randrange(processes)
+                number, rank = signal.Signals[f"SIG{draw.choice(by.split(','))}"], draw.randrange(processes)
                 at_end = live_and_ask(images, other, processes, seconds, number, rank)
             if at_end:
                 break
@@ -167,7 +167,7 @@ def cut_short(folder: Path, kills: int, processes: int, by: str, draw: random.Ra
             check_files(other)
         assert_same_end(whole, other)
     where = f"{in_saves} in a save, " if by == "KILL" else ""
-    return f"{done} lives ended by SIG{by}, {where}in {runs} runs of {processes} processes: all ended alike"
+    return f"{done} lives ended by {by}, {where}in {runs} runs of {processes} processes: all ended alike"
 
 
 if __name__ == "__main__":
