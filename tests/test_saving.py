@@ -18,13 +18,14 @@ from test_scripts import CLASSIFY, FINETUNE, LINPROBE, PRETRAIN, images, log_txt
 from torch import nn
 
 import main_pretrain
-from util import checkpoint, saving
+from util import checkpoint, datasets, saving
 from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
 from util.errors import UserError
 from util.loader import explain
 from util.log import NonFiniteLossError, Part, RunLog
 from util.resume import Start, checkpoints, newest, refuse_second_run, resume
+from util.rng import image_order
 from util.saving import Saver, save
 from util.signals import Stopped
 from util.transforms import eval_transform
@@ -633,6 +634,26 @@ def test_run_stopped_within_epochs_ends_bit_for_bit_as_the_one_without_a_stop(na
         for key in whole.keys() - {"args"}:
             assert_same(whole[key], parts[key], key)
     assert log_txt(tmp_path / "whole") == log_txt(tmp_path / "parts")
+
+
+def test_run_goes_on_at_the_same_image_when_the_batch_is_cut_otherwise(images, tmp_path, monkeypatch):  # noqa: F811
+    """As on another number of processes: every image once an epoch, in the order of the run without a stop."""
+    iterate, taken = datasets.TrainSampler.__iter__, []
+
+    def noted(self):
+        for batch in iterate(self):
+            taken.extend(batch)
+            yield batch
+
+    monkeypatch.setattr(datasets.TrainSampler, "__iter__", noted)
+    args = (*PRETRAIN, "--data_path", images, "--epochs", 2, "--resume", "auto")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, 2)  # of 6 steps of 4 images
+        train("pretrain", tmp_path, *args, "--batch_size", 2, "--accum_iter", 2)
+    said = train("pretrain", tmp_path, *args, "--batch_size", 1, "--accum_iter", 4)
+    assert "goes on at epoch 0, batch 8" in said and "effective batch 4 (was" not in said
+    assert taken == [(epoch, index) for epoch in (0, 1) for index in image_order(0, epoch, 24)]
+    assert load(tmp_path / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 12
 
 
 def test_max_accuracy_is_carried_over(images, tmp_path):  # noqa: F811

@@ -96,13 +96,14 @@ def _worker(pipe: str, ready) -> None:
     open(pipe).close()  # waits for ever, as reading from a stalled disk
 
 
-def test_loader_worker_outlives_signals_to_the_whole_job_but_obeys_its_trainer(tmp_path):
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_loader_worker_outlives_signals_to_the_whole_job_but_obeys_its_trainer(method, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    fork = multiprocessing.get_context("fork")
-    ready = fork.Event()
-    worker = fork.Process(target=_worker, args=(str(tmp_path / "pipe"), ready), daemon=True)
+    context = multiprocessing.get_context(method)
+    ready = context.Event()
+    worker = context.Process(target=_worker, args=(str(tmp_path / "pipe"), ready), daemon=True)
     worker.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     for name in ("TERM", "INT", "USR1", "USR2"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # from another process, as SLURM
     time.sleep(0.3)

@@ -1,5 +1,6 @@
 """Signals that ask a run to leave: noted when they come, obeyed by all ranks together after an optimizer step."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -87,7 +88,7 @@ def leave_signals_to_the_trainer(_worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    trainer = os.getppid()
+    trainer = multiprocessing.parent_process().pid  # not os.getppid(): that may be a fork server
 
     def obey_trainer() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
