@@ -69,8 +69,10 @@ def check_training_state(
     if saved is not None and not isinstance(saved, dict):
         raise ValueError(f"the state of its loss scaler is a {type(saved).__name__}")
     for name, ours in (scaler.state_dict() if scaler is not None and saved else {}).items():
-        if not isinstance(saved.get(name), int if isinstance(ours, int) else int | float):
-            raise ValueError(f"{name} of its loss scaler is {str(saved.get(name))[:80]!r}")
+        value = saved.get(name)
+        kind, largest = (int, 2**31 - 1) if isinstance(ours, int) else (int | float, torch.finfo(torch.float32).max)
+        if not isinstance(value, kind) or not abs(value) <= largest:
+            raise ValueError(f"{name} of its loss scaler is {str(value)[:80]!r}")
     _check_position(state)
     _check_optimizer(state["optimizer"], optimizer)
 
