@@ -210,6 +210,14 @@ def refused(function, tmp_path: Path, weights: dict, model: nn.Module) -> str:
     return error.value.message
 
 
+@pytest.mark.parametrize("shape", [(), (8,), (17, 8), (1, 1, 8), (1, 0, 8), (2, 17, 8)])
+def test_positions_of_no_such_shape_are_named(shape, tmp_path):
+    weights = {**state(mae(embed_dim=8, depth=1)), "pos_embed": torch.zeros(shape)}
+    model = vit(embed_dim=8, depth=1, num_classes=3)
+    message = refused(checkpoint.load_pretrained, tmp_path, weights, model)
+    assert f"pos_embed {shape}, here (1, 17, 8)" in message
+
+
 def test_architectures_are_told_by_name_kind_and_size():
     with torch.device("meta"):
         large, probe = VIT_MODELS["vit_large_patch16"](), vit(embed_dim=24, depth=3, num_classes=5)
@@ -298,6 +306,8 @@ BAD_STATES = {
     "no moments": ("optimizer/state/1", None, "parameter 1 lacks"),
     "state of nobody": ("optimizer/state/7", {}, "in no group, such as '7'"),
     "state of words": ("optimizer/state/1", "0", "parameter 1 lacks"),
+    "step below 0": ("optimizer/state/1/step", torch.tensor(-4096.0), "step of parameter 1 is -4096.0"),
+    "step that is no number": ("optimizer/state/1/step", float("nan"), "step of parameter 1 is nan"),
     "step of words": ("optimizer/state/1/step", [1], "step of parameter 1 is list"),
     "moment of whole numbers": ("optimizer/state/0/exp_avg", torch.zeros(2, 3, dtype=torch.int64), "exp_avg of param"),
     "rate of words": ("optimizer/param_groups/0/lr", "0.1", "learning rates"),

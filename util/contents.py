@@ -143,6 +143,9 @@ def _check_moments(values: object, param: torch.Tensor, index: int, expected: se
     for name in sorted(expected):
         value = values[name]
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else None
-        if shape != tuple(param.shape) and not (name == "step" and (shape == () or isinstance(value, int | float))):
+        if name == "step" and (shape == () or isinstance(value, int | float)):
+            if not 0 <= float(value) < 2**63:
+                raise ValueError(f"step of parameter {index} is {float(value)}")
+        elif shape != tuple(param.shape):
             what = type(value).__name__ if shape is None else f"of shape {shape}"
             raise ValueError(f"{name} of parameter {index} is {what}; the parameter has shape {tuple(param.shape)}")

@@ -106,7 +106,9 @@ def as_checkpoint(state: object) -> object:
 
     All else is returned as it is.
     """
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict):
+        return state
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         return state
     if "cls_token" in state and "patch_embed.proj.weight" in state:
         return {"model": state}

@@ -41,13 +41,14 @@ def interpolate_pos_embed(
     """[1, T + L, D] -> [1, T + L', D]: resize `state_dict['pos_embed']` in place to the grid of `model`.
 
     Bicubic, prefix tokens unchanged. `source_grid` is (height, width) in patches; None infers it: a square where the
-    number of patches is one, else the model's own grid. Raises UserError where neither fits.
+    number of patches is one, else the model's own grid. Raises UserError where neither fits. What has no such shape
+    stays as it is: whoever loads it names the shape.
     """
-    if "pos_embed" not in state_dict:
-        return
-    old = state_dict["pos_embed"]
+    old = state_dict.get("pos_embed")
     target_grid = tuple(model.patch_embed.grid_size)
     n_prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
+    if old is None or old.ndim != 3 or old.shape[0] != 1 or old.shape[1] <= n_prefix:
+        return
     n_old = old.shape[1] - n_prefix
     expected = "the grid it was trained with, by its own arguments"
     if source_grid is None:
