@@ -111,7 +111,7 @@ def server(tmp_path, monkeypatch):
 
 
 def left_over(url: str) -> list[str]:
-    return sorted(path.name for path in download.cache_path(url).parent.iterdir() if path.name != ".lock")
+    return sorted(path.name for path in download.cache_path(url).parent.iterdir() if not path.name.endswith(".lock"))
 
 
 def test_file_arrives_whole_once_and_is_kept(server):
@@ -177,7 +177,7 @@ def test_next_run_goes_on_with_what_the_last_one_left(server, monkeypatch):
         with pytest.raises(UserError, match="503"):
             download.fetch(server.url())
         assert not download.cache_path(server.url()).exists()
-        assert download.cache_path(server.url()).with_name(".part").stat().st_size == size
+        assert download.beside(download.cache_path(server.url()), "part").stat().st_size == size
     assert download.fetch(server.url()).read_bytes() == BYTES
     assert server.asked[-1] == "bytes=250000-"
 
@@ -185,8 +185,8 @@ def test_next_run_goes_on_with_what_the_last_one_left(server, monkeypatch):
 def test_beginning_that_is_longer_than_the_file_is_thrown_away(server):
     path = download.cache_path(server.url())
     path.parent.mkdir(parents=True)
-    path.with_name(".part").write_bytes(BYTES * 2)
-    path.with_name(".etag").write_text(server.etag)
+    download.beside(path, "part").write_bytes(BYTES * 2)
+    download.beside(path, "etag").write_text(server.etag)
     assert download.fetch(server.url()).read_bytes() == BYTES
     assert server.asked == ["bytes=600000-", None]
 
@@ -244,7 +244,7 @@ def test_file_that_is_not_the_published_one_is_refused_and_not_kept(server, monk
     server.files["/w.pth"] = OTHER
     with pytest.raises(UserError, match=f"{hashlib.md5(OTHER).hexdigest()}.*{md5[:6]}"):
         download.fetch(server.url())
-    assert left_over(server.url()) in ([], [".etag"])
+    assert left_over(server.url()) in ([], [".w.pth.etag"])
     server.files["/w.pth"] = BYTES
     assert download.fetch(server.url()).read_bytes() == BYTES and server.asked == [None, None]
 
@@ -261,6 +261,14 @@ def test_urls_that_share_a_name_are_kept_apart(server):
         found = download.fetch(server.url(path))
         assert found.name == "w.pth" and found.read_bytes() == path[1].encode()
     assert len(server.asked) == 3
+
+
+def test_a_released_file_is_kept_by_its_name_and_found_where_it_was_put_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "mae_pretrain_vit_base.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"put there by hand")
+    assert download.fetch(download.RELEASES + "pretrain/mae_pretrain_vit_base.pth") == path
 
 
 @pytest.mark.parametrize(
@@ -320,7 +328,7 @@ def test_killed_process_leaves_the_download_to_the_next(server, monkeypatch):
     results = fork.Queue()
     server.faults = [("stall", 1000)]
     (first,) = start(1, server.url(), results)
-    part = download.cache_path(server.url()).with_name(".part")
+    part = download.beside(download.cache_path(server.url()), "part")
     deadline = time.monotonic() + 10
     while not (part.is_file() and part.stat().st_size == 1000) and time.monotonic() < deadline:
         threading.Event().wait(0.01)  # time.sleep is off

@@ -56,7 +56,7 @@ def fetch(url: str) -> Path:
         with _alone(path):
             if not path.is_file():  # nobody brought it while this process waited
                 log.info(f"downloading {url} to {path}")
-                part, etag = path.with_name(".part"), path.with_name(".etag")
+                part, etag = beside(path, "part"), beside(path, "etag")
                 _download(url, part, etag)
                 _check_md5(url, part)
                 part.replace(path)
@@ -69,11 +69,20 @@ def fetch(url: str) -> Path:
 
 
 def cache_path(url: str) -> Path:
-    """Where the file of `url` is kept: under its own name, in a folder that no other URL has."""
+    """Where the file of `url` is kept: a released one by its name alone, so that it can be put there by hand.
+
+    Any other has a folder of its own, since names like checkpoint.pth are not one file the world over.
+    """
     name = PurePosixPath(_parsed(url).path).name
     if not re.fullmatch(r"\w[\w.+-]{,199}", name):  # a leading dot is for our own files
         name = "file"
-    return Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return folder / name if url.startswith(RELEASES) else folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+
+
+def beside(path: Path, kind: str) -> Path:
+    """Our own file for `path`: "part" (what has come so far), "etag" (of which version) or "lock"."""
+    return path.with_name(f".{path.name}.{kind}")
 
 
 def _parsed(url: str) -> ParseResult:
@@ -90,7 +99,7 @@ def _parsed(url: str) -> ParseResult:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Let one process at a time in. Where its holder dies, the kernel frees the lock, so nobody waits for ever."""
-    with path.with_name(".lock").open("a") as lock:
+    with beside(path, "lock").open("a") as lock:
         if fcntl:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
