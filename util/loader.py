@@ -58,18 +58,19 @@ class DeviceLoader:
         self.to_device = to_device or _copy_to
         self.n_batches = len(loader) if n_batches is None else n_batches
         self.n_common = self.n_batches if n_common is None else n_common  # batches that no rank has fewer of
+        # one for all passes: memory of a stream is not given to another
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return self.n_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for host_batch in self.loader:
-            with torch.cuda.stream(copies):  # does nothing without a stream
+            with torch.cuda.stream(self.copies):  # does nothing without a stream
                 batch = self.to_device(host_batch, self.device)
-            if copies is not None:
+            if self.copies is not None:
                 current = torch.cuda.current_stream(self.device)
-                current.wait_stream(copies)
+                current.wait_stream(self.copies)
                 for part in batch:
                     part.record_stream(current)  # its memory is not reused before the step is done with it
             pixels, mirror, labels = batch
