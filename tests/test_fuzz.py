@@ -127,7 +127,7 @@ def run_options(number: int, folder: Path) -> str:
         assert "Traceback" not in message, message
         said = message.split("error: ", 1)[1]
         words = [word for part in given for word in (part, *part.split("=", 1))]
-        named = any(word in said or repr(word)[1:-1] in said for word in words if word.strip())
+        named = any(word.strip() in said or repr(word)[1:-1] in said for word in words if word.strip())
         assert named or not all(word.strip() for word in words), f"names nothing of {words}: {said}"
         return "refused"
     finally:

@@ -34,7 +34,7 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
     parser = argparse.ArgumentParser(parents=[script_parser], description=description, formatter_class=_Help)
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if value == []:  # what argparse makes of --name=--
+        if value in ([], ()):  # what argparse makes of --name=--
             parser.error(f"argument --{name}: expected a value, got '--'")
     return args
 

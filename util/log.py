@@ -283,7 +283,7 @@ class Progress:
             if name == "loss":
                 median = statistics.median(window) if window else math.nan
                 parts.append(f"loss: {median:.4f} ({self.averages()[name]:.4f})")
-            elif name != "grad_norm":
+            elif name != "grad_norm" and window:
                 parts.append(f"{name}: {window[-1]:.6f}")
         parts += [f"time: {step_seconds:.4f}", f"data: {data_seconds:.4f}"]
         if self.env.device.type == "cuda":
