@@ -54,8 +54,9 @@ def main(args: argparse.Namespace) -> None:
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = loader.available_workers(args.num_workers, env)
     train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout)
+    folder = None if args.dataset else args.data_path
     watch = Watch(
-        env, args.data_path, dataset, args.input_size, mask_ratio=args.mask_ratio, amp=args.amp,
+        env, folder, dataset, args.input_size, mask_ratio=args.mask_ratio, amp=args.amp,
         picture_every=args.picture_every, knn_every=args.knn_every, num_workers=num_workers,
     )  # fmt: skip
     log.info(f"{len(dataset)} training images, {len(train_loader)} batches an epoch")

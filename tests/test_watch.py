@@ -1,6 +1,7 @@
 """What pretraining shows beside its loss: it is right, it changes nothing, and it tells a run that learns nothing."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from util.dist import Dist
 from util.knn import knn_accuracy
 from util.log import RunLog
 from util.transforms import pretrain_transform
-from util.watch import Watch, mean_image_loss
+from util.watch import Watch, _labelled_files, mean_image_loss
 
 CPU = Dist(torch.device("cpu"))
 TINY = ("--model", "mae_vit_tiny_patch4", "--input_size", 16, "--batch_size", 8, "--warmup_epochs", 1, *ON_CPU)
@@ -25,10 +26,10 @@ def images(tmp_path_factory):
     return write_image_folder(tmp_path_factory.mktemp("images"), n_train=8, n_val=4)
 
 
-def watch(folder, **options):
+def watch(folder, env=CPU, **options):
     files = list_images(folder / "train")
     settings = dict(mask_ratio=0.75, amp="off", picture_every=0, knn_every=0, num_workers=0) | options
-    return Watch(CPU, str(folder), Images(files, pretrain_transform(16, 0.5, 0.5)), 16, **settings)
+    return Watch(env, str(folder), Images(files, pretrain_transform(16, 0.5, 0.5)), 16, **settings)
 
 
 def mae(**options):
@@ -71,7 +72,7 @@ def test_a_run_that_sits_at_the_mean_image_s_loss_is_told_so_every_few_epochs(im
     with project_log() as messages:
         watcher = watch(images)
         after_losses(watcher, [9.0])
-    level = watcher.level
+    level = watcher.mean_image_loss
     assert f"gives {level:.4f}" in " ".join(messages)
     warnings = after_losses(watch(images), [level] * 23)
     assert [epoch for epoch, _ in warnings] == [10, 21]
@@ -82,7 +83,7 @@ def test_a_run_that_sits_at_the_mean_image_s_loss_is_told_so_every_few_epochs(im
 def test_a_run_that_learns_is_left_alone(images):
     watcher = watch(images)
     after_losses(watcher, [9.0])
-    level = watcher.level
+    level = watcher.mean_image_loss
     assert not after_losses(watch(images), [0.9 * level] * 20), "below the level, even if it stands"
     assert not after_losses(watch(images), [level * (3 - 0.1 * epoch) for epoch in range(25)]), "on its way down"
 
@@ -174,3 +175,65 @@ def test_neighbours_without_class_folders_are_refused_before_the_model_is_built(
     (tmp_path / "val" / "bee").rename(tmp_path / "val" / "cow")
     with pytest.raises(ValueError, match="different class folders"):
         watch(tmp_path, knn_every=1)
+
+
+@pytest.fixture
+def no_val(tmp_path):
+    """Class folders in whose val/ nothing can be decoded."""
+    folder = write_image_folder(tmp_path / "images", n_train=3, n_val=1)
+    for path in (folder / "val").rglob("*.png"):
+        path.write_bytes(b"no image")
+    return folder
+
+
+def said_after(watcher, out, n_epochs=2):
+    """What is logged by epochs of a run, and what they return."""
+    run_log, seen = RunLog(CPU, "", str(out)), []
+    with project_log() as messages:
+        seen = [watcher.after_epoch(epoch, mae(), 1.0, run_log) for epoch in range(n_epochs)]
+    run_log.close()
+    return messages, seen
+
+
+def test_training_goes_on_without_pictures_where_val_has_none(no_val, tmp_path):
+    messages, _ = said_after(watch(no_val, picture_every=1), tmp_path / "board")
+    assert [message for message in messages if "none of the 3 images can be decoded" in message] == [
+        message for message in messages if message.startswith("no pictures from here on: ")
+    ]
+    assert len(messages) == 2 and "to compare the loss with" in messages[0], "once, and the rest goes on"
+
+
+def test_training_goes_on_without_neighbours_where_val_has_none(no_val, tmp_path):
+    messages, seen = said_after(watch(no_val, knn_every=1), tmp_path / "board")
+    assert seen == [{}, {}]
+    assert sum(message.startswith("no nearest neighbours from here on: none of the 3") for message in messages) == 1
+
+
+def test_a_rank_does_as_the_one_that_could_not_read(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("util.watch.gather_on_all", lambda mine: [mine, "a disk is gone"])
+    monkeypatch.setattr("util.watch.gather", None)  # would wait for the other rank
+    messages, seen = said_after(watch(images, knn_every=1), tmp_path / "board", n_epochs=1)
+    assert seen == [{}] and "no nearest neighbours from here on: a disk is gone" in messages
+
+
+def test_pictures_of_a_hub_s_images_are_not_looked_for_where_the_caller_stands(images, monkeypatch):
+    monkeypatch.chdir(images)
+    files = list_images(images / "train")
+    watcher = Watch(
+        CPU, None, Images(files, pretrain_transform(16, 0.5, 0.5)), 16, mask_ratio=0.75, amp="off", picture_every=1,
+        knn_every=0, num_workers=0,
+    )  # fmt: skip
+    assert watcher.pictured.dataset.files == files
+
+
+def test_more_processes_than_images_are_refused_before_training(images):
+    with pytest.raises(ValueError, match="each of 13 processes, but .* has 24 in train/ and 12 in val/"):
+        watch(images, Dist(torch.device("cpu"), world_size=13), knn_every=1)
+    watch(images, Dist(torch.device("cpu"), world_size=12), knn_every=1)
+
+
+def test_what_does_not_divide_by_the_ranks_is_left_out_of_all_classes(images):
+    train, val = _labelled_files(images, world_size=5)
+    assert (len(train), len(val)) == (20, 10)
+    assert max(Counter(label for _, label in train).values()) == 7
+    assert min(Counter(label for _, label in val).values()) == 3

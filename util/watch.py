@@ -1,15 +1,17 @@
 """What pretraining shows beside its loss: pictures, nearest neighbours, and a warning where nothing is learned."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from models_mae import MaskedAutoencoderViT
 from util.datasets import Images, list_classes, list_images
-from util.dist import Dist, gather
+from util.dist import Dist, gather, gather_on_all
 from util.errors import UserError
 from util.knn import knn_accuracy, mean_features
 from util.loader import DeviceLoader, eval_loader, normalise
@@ -20,7 +22,7 @@ from util.transforms import Size, eval_transform
 from util.visualize import reconstruct, seeded_noise, sheet
 
 N_PICTURES = 8
-N_LEVEL = 256  # images that the mean image is computed from
+N_MEAN = 256  # images that the mean image is computed from
 N_TRAIN, N_VAL = 20_000, 5_000  # images for nearest neighbours, at most
 PATIENCE = 10  # epochs; small data sets rest at the mean image for some before they learn
 Files = list[tuple[str, int]]
@@ -29,30 +31,32 @@ Files = list[tuple[str, int]]
 class Watch:
     """Looks at the model after each epoch; changes nothing of the training.
 
-    `picture_every` and `knn_every` are in epochs, 0 for never. Raises UserError where nearest neighbours are asked for
-    and `data_path` has no class folders. Of a stream it shows nothing.
+    `picture_every` and `knn_every` are in epochs, 0 for never. `folder` is what may have train/ and val/, None for
+    images that come from elsewhere. Raises UserError where nearest neighbours are asked for and it has no class
+    folders, or too few images. Images that cannot be decoded later switch off what needs them: training needs no val/.
+    Of a stream it shows nothing.
     """
 
     def __init__(
-        self, env: Dist, data_path: str | None, dataset: Images | Stream, size: Size, *, mask_ratio: float, amp: str,
+        self, env: Dist, folder: str | None, dataset: Images | Stream, size: Size, *, mask_ratio: float, amp: str,
         picture_every: int, knn_every: int, num_workers: int,
     ) -> None:  # fmt: skip
         self.env, self.dataset, self.size, self.mask_ratio = env, dataset, size, mask_ratio
         self.dtype, self.num_workers = autocast_dtype(amp, env.device), num_workers
         self.picture_every, self.knn_every = picture_every, knn_every
-        if knn_every and not data_path:
+        if knn_every and not folder:
             raise UserError("--knn_every needs class folders below --data_path, not --dataset: leave it out")
-        self.knn_files = _labelled_files(Path(data_path)) if knn_every else None
-        self.pictured = None if isinstance(dataset, Stream) else self._pictured(data_path)
-        self.level: float | None = None
+        self.knn_files = _labelled_files(Path(folder), env.world_size) if knn_every else None
+        self.pictured = None if isinstance(dataset, Stream) else self._pictured(folder)
+        self.mean_image_loss: float | None = None
         self.losses: list[float] = []
 
-    def _pictured(self, data_path: str | None) -> Dataset:
+    def _pictured(self, folder: str | None) -> Dataset:
         """A few images of val/, or of what is trained on."""
-        try:
-            images = Images(list_images(Path(data_path or "") / "val"), eval_transform(self.size), skip_bad=True)
-        except UserError:  # no such folder, or an empty one
-            images = _view(self.dataset, eval_transform(self.size))
+        images = _view(self.dataset, eval_transform(self.size))
+        if folder:
+            with contextlib.suppress(UserError):  # no such folder, or an empty one
+                images = Images(list_images(Path(folder) / "val"), eval_transform(self.size), skip_bad=True)
         return Subset(images, _evenly(range(len(images)), N_PICTURES))
 
     def after_epoch(self, epoch: int, model: MaskedAutoencoderViT, loss: float, run_log: RunLog) -> dict[str, float]:
@@ -63,14 +67,23 @@ class Watch:
             if self.env.is_main and self.pictured:  # a stream would have to be read from its start
                 self._compare_with_mean(model, loss)
                 if self.picture_every and (epoch + 1) % self.picture_every == 0 and run_log.writer:
-                    run_log.image("reconstructions", self._draw(model), epoch)
+                    self._show(model, epoch, run_log)
             if self.knn_every and (epoch + 1) % self.knn_every == 0:
-                seen["knn_acc1"] = self._nearest_neighbours(model)
-                run_log.scalar("perf/knn_acc1", seen["knn_acc1"], epoch)
+                accuracy = self._nearest_neighbours(model)
+                if accuracy is not None:
+                    seen["knn_acc1"] = accuracy
+                    run_log.scalar("perf/knn_acc1", accuracy, epoch)
         model.train()
         return seen
 
-    def _draw(self, model: MaskedAutoencoderViT):
+    def _show(self, model: MaskedAutoencoderViT, epoch: int, run_log: RunLog) -> None:
+        try:
+            run_log.image("reconstructions", self._draw(model), epoch)
+        except UserError as error:
+            log.warning(f"no pictures from here on: {error.message}")
+            self.picture_every = 0
+
+    def _draw(self, model: MaskedAutoencoderViT) -> Image.Image:
         imgs = torch.cat([imgs for imgs, _ in self._batches(self.pictured, sharded=False)])
         noise = seeded_noise(len(imgs), model.patch_embed.num_patches, seed=0).to(imgs.device)
         return sheet(reconstruct(model, imgs, self.mask_ratio, noise), across=2)
@@ -78,15 +91,25 @@ class Watch:
     def _batches(self, images: Dataset, sharded: bool) -> DeviceLoader:
         return eval_loader(images, 64, self.env, sharded, min(self.num_workers, len(images) // 64), pin_mem=True)
 
-    def _nearest_neighbours(self, model: MaskedAutoencoderViT) -> float:
-        splits = []
-        for files in self.knn_files:
-            files = files[: len(files) // self.env.world_size * self.env.world_size]  # the same share for each rank
-            # a validation image that cannot be decoded must not end the training
-            images = Images(files, eval_transform(self.size), skip_bad=True)
-            with torch.autocast(self.env.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-                own = mean_features(model, self._batches(images, sharded=True))
-            splits.append(tuple(gather(part.to(self.env.device)) for part in own))
+    def _features(self, model: MaskedAutoencoderViT, files: Files) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of this rank's share: (features [n, D], labels [n])."""
+        images = Images(files, eval_transform(self.size), skip_bad=True)
+        with torch.autocast(self.env.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            features, labels = mean_features(model, self._batches(images, sharded=True))
+        return features.to(self.env.device), labels.to(self.env.device)
+
+    def _nearest_neighbours(self, model: MaskedAutoencoderViT) -> float | None:
+        own, failure = [], ""
+        try:
+            own = [self._features(model, files) for files in self.knn_files]
+        except UserError as error:
+            failure = error.message
+        # decided by all together: a rank that failed would leave the others waiting for its features
+        if failures := [text for text in gather_on_all(failure) if text]:
+            log.warning(f"no nearest neighbours from here on: {failures[0]}")
+            self.knn_every = 0
+            return None
+        splits = [tuple(gather(part) for part in split) for split in own]
         (train, _), (_, labels) = splits
         n_classes = int(labels.max()) + 1
         k = max(min(20, len(train) // n_classes), 1)
@@ -98,22 +121,25 @@ class Watch:
         return accuracy
 
     def _compare_with_mean(self, model: MaskedAutoencoderViT, loss: float) -> None:
-        if self.level is None:
-            self.level = mean_image_loss(model, self._training_images())
-            log.info(f"to compare the loss with: the mean image, predicted for every image, gives {self.level:.4f}")
+        if self.mean_image_loss is None:
+            self.mean_image_loss = mean_image_loss(model, self._training_images())
+            log.info(
+                f"to compare the loss with: the mean image, predicted for every image, gives {self.mean_image_loss:.4f}"
+            )
         self.losses.append(loss)
-        if len(self.losses) > PATIENCE and loss > max(0.95 * self.level, 0.98 * self.losses[-1 - PATIENCE]):
+        stands = len(self.losses) > PATIENCE and loss > 0.98 * self.losses[-1 - PATIENCE]
+        if stands and loss > 0.95 * self.mean_image_loss:
             log.warning(
                 f"the loss is {loss:.4f}, after {self.losses[-1 - PATIENCE]:.4f} {PATIENCE} epochs ago, and the mean "
-                f"image, predicted without a look at any, gives {self.level:.4f}: nothing is learned yet. If it stays "
-                "so, try another --blr (lower, or higher if it is tiny), a longer --warmup_epochs or --amp off; look "
-                "at the images"
+                f"image, predicted without a look at any, gives {self.mean_image_loss:.4f}: nothing is learned yet. If "
+                "it stays so, try another --blr (lower, or higher if it is tiny), a longer --warmup_epochs or --amp "
+                "off; look at the images"
             )
             self.losses.clear()  # the next warning after as many epochs
 
     def _training_images(self) -> torch.Tensor:
         images = _view(self.dataset, self.dataset.transform)
-        pixels, mirror, _ = zip(*(images[0, i] for i in _evenly(range(len(images)), N_LEVEL)), strict=True)
+        pixels, mirror, _ = zip(*(images[0, i] for i in _evenly(range(len(images)), N_MEAN)), strict=True)
         return normalise(torch.stack(pixels), torch.tensor(mirror)).to(self.env.device)
 
 
@@ -127,14 +153,21 @@ def mean_image_loss(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> float:
     return target.var(dim=0).mean().item() if len(imgs) > 1 else 0.0
 
 
-def _labelled_files(root: Path) -> tuple[Files, Files]:
+def _labelled_files(root: Path, world_size: int) -> tuple[Files, Files]:
     if not ((root / "train").is_dir() and (root / "val").is_dir()):
         raise UserError(f"--knn_every needs class folders, {root}/train/<class>/ and {root}/val/<class>/: leave it out")
     train, classes = list_classes(root / "train")
     val, val_classes = list_classes(root / "val")
     if classes != val_classes:
         raise UserError(f"--knn_every: train and val of {root} have different class folders, so that no label agrees")
-    return _evenly(train, N_TRAIN), _evenly(val, N_VAL)
+    if min(len(train), len(val)) < world_size:
+        raise UserError(
+            f"--knn_every needs an image for each of {world_size} processes, but {root} has {len(train)} in train/ and "
+            f"{len(val)} in val/: leave it out, or add images"
+        )
+    # the same number for each rank
+    sizes = (min(n, len(files)) // world_size * world_size for n, files in ((N_TRAIN, train), (N_VAL, val)))
+    return tuple(_evenly(files, n) for n, files in zip(sizes, (train, val), strict=True))
 
 
 def _view(dataset: Images, transform: Callable) -> Images:
