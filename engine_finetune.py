@@ -59,14 +59,9 @@ def train_one_epoch(
         judged = update and step.skips
         progress.add(i, lr=lr, loss=loss, grad_norm=step.grad_norm, judged=judged)
         saving = update and saver is not None and saver.due()
-        if progress.due(i) or saving:  # the only place where the host waits for the device
-            for j, values in progress.read():
-                x = int(1000 * (epoch + j / n))  # the same scale for every batch size
-                run_log.scalar("loss", values["loss"], x)
-                run_log.scalar("lr", values["lr"], x)
-                run_log.scalar("grad_norm", values["grad_norm"], x)
-            for name, value in progress.rates.items():
-                run_log.scalar(name, value, int(1000 * (epoch + i / n)))
+        if progress.due(i) or saving:
+            steps = progress.read()  # the only place where the host waits for the device
+            run_log.steps(epoch, n, steps, progress.rates, loss_name="loss")
         if saving:
             saver.save_part()
     return progress.averages()

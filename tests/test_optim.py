@@ -32,7 +32,7 @@ from util.crop import RandomResizedCrop
 from util.dist import Dist
 from util.errors import UserError
 from util.lars import LARS
-from util.log import NonFiniteLossError, Progress
+from util.log import NonFiniteLossError, Progress, RunLog
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import Schedule, adjust_learning_rate, scaled_lr
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
@@ -42,10 +42,11 @@ CPU = Dist(torch.device("cpu"))
 SIZES = ["base_patch16", "large_patch16"]
 
 
-class Curves:
-    """Stands in for RunLog: keeps what the engines write to TensorBoard."""
+class Curves(RunLog):
+    """Keeps what the engines write to TensorBoard, and writes none."""
 
     def __init__(self) -> None:
+        super().__init__(CPU, "", "")
         self.points: dict[str, list[tuple[int, float]]] = {}
 
     def scalar(self, tag: str, value: float, x: int) -> None:

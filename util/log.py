@@ -95,6 +95,18 @@ class RunLog:
         test = {f"test_{name}": test_stats[name] for name in ("loss", "acc1", "acc5")}
         self.write({**train, **test, "epoch": epoch, "n_parameters": n_parameters})
 
+    def steps(
+        self, epoch: int, n: int, steps: list[tuple[int, dict[str, float]]], rates: dict[str, float], loss_name: str
+    ) -> None:
+        """What was read of an epoch of `n` batches, [(iteration, values), ...] and their rates, to TensorBoard."""
+        for i, values in steps:
+            x = int(1000 * (epoch + i / n))  # the same scale for every batch size
+            self.scalar(loss_name, values["loss"], x)
+            self.scalar("lr", values["lr"], x)
+            self.scalar("grad_norm", values["grad_norm"], x)
+        for name, value in rates.items():
+            self.scalar(name, value, x)
+
     def scalar(self, tag: str, value: float, x: int) -> None:
         """One point of a TensorBoard curve."""
         if self.writer:
