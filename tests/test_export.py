@@ -4,7 +4,6 @@ import json
 import sys
 
 import pytest
-import timm
 import torch
 from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
@@ -40,16 +39,24 @@ def batch(model, n=2):
     return torch.randn(n, 3, *model.patch_embed.img_size), torch.rand(n, model.patch_embed.num_patches)
 
 
+def by_line(line, name):
+    """What a printed line calls `name`, in a Python that has imported nothing."""
+    names = {}
+    exec(line, names)
+    return names[name]
+
+
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.no_grad():
         yield
 
 
-def test_timm_loads_the_encoder_by_the_line_that_is_printed(tmp_path):
-    source, model = saved(tmp_path, "mae_vit_tiny_patch16")
+@pytest.mark.parametrize("name", ["mae_vit_tiny_patch16", "mae_vit_tiny_patch4"])  # timm has a name for the first
+def test_timm_loads_the_encoder_by_the_line_that_is_printed(tmp_path, name):
+    source, model = saved(tmp_path, name)
     path, line = export(source, "timm", output=tmp_path / "out" / "mae.safetensors")
-    theirs = eval(line, {"timm": timm}).eval()
+    theirs = by_line(line, "model").eval()
     imgs, _ = batch(model)
     class_token, patch_map = model.encode(imgs)
     close(theirs(imgs), class_token)
@@ -61,13 +68,14 @@ def test_timm_loads_a_classifier_by_the_line_that_is_printed(tmp_path, pool, siz
     source, model = saved(tmp_path, "vit_tiny_patch16", num_classes=7, global_pool=pool, img_size=size)
     _, line = export(source, "timm", output=tmp_path / "vit.safetensors")
     imgs, _ = batch(model)
-    close(eval(line, {"timm": timm}).eval()(imgs), model(imgs))
+    close(by_line(line, "model").eval()(imgs), model(imgs))
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
 def test_hugging_face_loads_the_autoencoder(tmp_path, norm_pix):
     source, model = saved(tmp_path, norm_pix_loss=norm_pix)
-    path, _ = export(source, "hf", "full", tmp_path / "hf", mask_ratio=0.5)
+    path, line = export(source, "hf", "full", tmp_path / "hf", mask_ratio=0.5)
+    assert isinstance(by_line(line, "model"), ViTMAEForPreTraining)
     theirs, told = ViTMAEForPreTraining.from_pretrained(path, output_loading_info=True)
     assert not any(told.values()), told
     imgs, noise = batch(model)
@@ -108,7 +116,8 @@ def test_hugging_face_gets_no_rectangles_and_no_classifiers(tmp_path):
 @pytest.mark.parametrize("part", ["encoder", "full"])
 def test_safetensors_open_here_without_saying_which_model(tmp_path, part):
     source, model = saved(tmp_path, img_size=(32, 16), norm_pix_loss=True)
-    path, _ = export(source, "safetensors", part, tmp_path / "mae.safetensors")
+    path, line = export(source, "safetensors", part, tmp_path / "mae.safetensors")
+    assert_same({key: model.state_dict()[key] for key in by_line(line, "weights")}, by_line(line, "weights"))
     again = build.open_model(path, encoder_only=part == "encoder")
     assert again.patch_embed.img_size == (32, 16) and again.norm_pix_loss
     imgs, noise = batch(model)
@@ -154,8 +163,9 @@ def test_onnxruntime_runs_the_autoencoder_on_any_batch(onnxruntime, tmp_path):
 
 def test_onnxruntime_runs_a_classifier(onnxruntime, tmp_path):
     source, model = saved(tmp_path, "vit_tiny_patch4", num_classes=3, global_pool=True)
-    path, _ = export(source, "onnx", output=tmp_path / "vit.onnx")
+    path, line = export(source, "onnx", output=tmp_path / "vit.onnx")
     imgs, _ = batch(model, 3)
+    assert [value.name for value in by_line(line, "session").get_outputs()] == ["logits"]
     close(onnx_outputs(onnxruntime, path, images=imgs)[0], model(imgs))
 
 

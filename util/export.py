@@ -34,17 +34,19 @@ def to_timm(model: nn.Module, name: str, path: Path) -> str:
     weights = {key: value for key, value in model.state_dict().items() if not is_decoder(key)}
     convert.write_safetensors(path, weights)
     short = name.removeprefix("mae_").removesuffix("_dec512d8b")
-    if short not in TIMM_NAMES:
-        return f"timm has no model of the size of {short}: build a timm.models.VisionTransformer and load_state_dict"
     options = {"num_classes": 0 if isinstance(model, MaskedAutoencoderViT) else model.num_classes}
     if "fc_norm.weight" in weights:
         options["global_pool"] = "avg"
+    if short not in TIMM_NAMES:  # timm has no name for the size, but takes it in numbers
+        options |= {"patch_size": model.patch_embed.patch_size[0], "embed_dim": model.pos_embed.shape[-1]}
+        options |= {"depth": len(model.blocks), "num_heads": model.blocks[0].attn.num_heads}
     if tuple(model.patch_embed.img_size) != (224, 224):
         options["img_size"] = tuple(model.patch_embed.img_size)
     # the number of classes again: timm drops the head of a file that it believes to have another
     options["pretrained_cfg_overlay"] = {"file": str(path), "num_classes": options["num_classes"]}
     keywords = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    return f'timm.create_model("{TIMM_NAMES[short]}", pretrained=True, {keywords})'
+    timm_name = TIMM_NAMES.get(short, "vit_base_patch16_224")
+    return f'import timm; model = timm.create_model("{timm_name}", pretrained=True, {keywords})'
 
 
 def to_hugging_face(model: MaskedAutoencoderViT, part: str, mask_ratio: float, folder: Path) -> str:
@@ -68,7 +70,7 @@ def to_hugging_face(model: MaskedAutoencoderViT, part: str, mask_ratio: float, f
             "do_normalize": True, "image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD,
         },
     )  # fmt: skip
-    return f'transformers.{name}.from_pretrained("{folder}")'
+    return f'import transformers; model = transformers.{name}.from_pretrained("{folder}")'
 
 
 def _hugging_face_config(model: MaskedAutoencoderViT, architecture: str, mask_ratio: float) -> dict:
@@ -104,7 +106,7 @@ def to_safetensors(model: nn.Module, part: str, args: dict, path: Path) -> str:
     keep_all = part == "full" or not isinstance(model, MaskedAutoencoderViT)
     weights = {key: value for key, value in model.state_dict().items() if keep_all or not is_decoder(key)}
     convert.write_safetensors(path, weights, args)
-    return f'safetensors.torch.load_file("{path}")'
+    return f'import safetensors.torch; weights = safetensors.torch.load_file("{path}")'
 
 
 class _Encoder(nn.Module):
@@ -149,7 +151,7 @@ def to_onnx(model: nn.Module, part: str, mask_ratio: float, path: Path) -> str:
         model.eval(), tuple(inputs.values()), path, input_names=list(inputs), output_names=outputs, dynamo=True,
         dynamic_shapes=[{0: batch} for _ in inputs], external_data=_bytes(model) > 1.9e9, verbose=False,
     )  # fmt: skip
-    return f'onnxruntime.InferenceSession("{path}")'
+    return f'import onnxruntime; session = onnxruntime.InferenceSession("{path}")'
 
 
 def _bytes(model: nn.Module) -> int:
