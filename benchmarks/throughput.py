@@ -7,9 +7,9 @@ Synthetic images stay on the device, so nothing but the step is measured. Rivals
   as the original trains  its habits on today's torch: see benchmarks/rivals.py
   Hugging Face            ViTMAEForPreTraining: sdpa, bf16, fused AdamW
   Hugging Face, compiled  the same under torch.compile
-and of a classifier (fine-tuning) the first three. Figures are medians over rounds that take the rivals in turn. TFLOP/s
-counts what the method needs (util/flops.py), equal for all rivals; `of matmul` is its share of the rate that one large
-bf16 matrix product reaches on the same device.
+and of a classifier (fine-tuning) `ours, compiled`, `ours, eager` and `as the original trains`. Figures are medians over
+rounds that take the rivals in turn. TFLOP/s counts what the method needs (util/flops.py), equal for all rivals; `of
+matmul` is its share of the rate that one large bf16 matrix product reaches on the same device.
 """
 
 import argparse

@@ -219,14 +219,14 @@ def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, label
     add("--skip_bad_images", action="store_true",
         help="replace files that cannot be decoded by the next good one and list them each epoch")  # fmt: skip
     add("--decode", default="cpu", choices=["cpu", "cuda"],
-        help="who decodes, crops and resizes JPEGs to train on; cuda: the GPU, where cores are few or slow (no --aa or "
-        "--color_jitter; validation images always take the CPU)")  # fmt: skip
+        help="who decodes, crops and resizes JPEGs to train on; cuda: the GPU, where cores are few or slow"
+        + (" (no --aa or --color_jitter; validation images always take the CPU)" if labelled else ""))  # fmt: skip
     add("--num_workers", default=10, type=count, metavar="N",
         help="loader workers per process; capped at the process's share of the cores")  # fmt: skip
     add("--loader_timeout", default=600.0, type=not_negative, metavar="SECONDS",
         help="seconds a batch may take to load before the disk counts as stalled; 0 waits for ever")  # fmt: skip
     add("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to a GPU")
-    add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory (default: off)")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead (default: page-locked)")
 
 
 def add_crop_options(parser: argparse.ArgumentParser, *, crop_min: float) -> None:
@@ -270,7 +270,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None
     """Files, device and launcher."""
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="./output_dir", metavar="FOLDER", help="for checkpoints and log.txt; '' saves nothing")
-    add("--log_dir", default="./output_dir", metavar="FOLDER", help="for TensorBoard; '' writes none")
+    add("--log_dir", default="./output_dir", metavar="FOLDER",
+        help="for TensorBoard; does not follow --output_dir; '' writes none")  # fmt: skip
     add("--save_every", default=save_every, type=positive, metavar="EPOCHS",
         help="epochs between checkpoints; the last is always saved")  # fmt: skip
     add("--save_minutes", default=30.0, type=above_zero, metavar="MINUTES",
