@@ -38,8 +38,9 @@ Transformed = tuple[torch.Tensor, bool]
 def resize(pixels: torch.Tensor, size: list[int]) -> torch.Tensor:
     """uint8 [3, H, W] -> [3, h, w], bicubic with antialiasing; one number in `size` is the shorter side.
 
-    Within 0.1 grey level of Pillow's on average; both round between the two directions, and the order differs for some
-    shapes.
+    It differs from Pillow 13's by 0.03 grey levels on average over random crops of photographs, and by up to 0.2 on
+    average in a single tall crop; from Pillow 12's by 0.003 and 0.01. Both round between the two directions, and
+    Pillow 13 takes tall crops in the other order.
     """
     # this layout has the fastest kernel
     pixels = pixels[None].contiguous(memory_format=torch.channels_last)
