@@ -28,7 +28,7 @@ from util.visualize import reconstruct, seeded_noise, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, SIDE = "tiny_patch4", 32
-EPOCHS = 100  # of 11 steps of 128 images
+EPOCHS = 60  # of 22 steps of 64 images
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     untrained = write_untrained(out / "untrained.pth", args.seed)
     script(
         "main_pretrain.py", "--data_path", data, f"--model mae_vit_{MODEL} --input_size {SIDE} --amp off",
-        f"--batch_size 128 --epochs {args.epochs} --warmup_epochs {args.epochs / 10} --blr 8e-3 --seed {args.seed}",
+        f"--batch_size 64 --epochs {args.epochs} --warmup_epochs {args.epochs / 10} --blr 12e-3 --seed {args.seed}",
         "--crop_min 0.5 --hflip 0 --num_workers 1",  # a mirrored digit, or a corner of one, is another shape
         f"--save_every {args.epochs}", "--output_dir", out / "pretrain", "--log_dir", out / "pretrain",
     )  # fmt: skip
