@@ -196,6 +196,13 @@ def test_help_shows_every_default_and_the_models(script, monkeypatch, capsys):
     assert all(re.search(rf"\b{model}\b", shown["model"]) for model in models)
 
 
+def test_help_of_pretraining_names_no_option_that_it_lacks(monkeypatch, capsys):
+    assert "--aa" in help_of("main_finetune.py", monkeypatch, capsys)["decode"]
+    shown = help_of("main_pretrain.py", monkeypatch, capsys)
+    named = set(re.findall(r"--([a-z]\w+)", " ".join(shown.values())))
+    assert named <= set(shown), named - set(shown)
+
+
 # values that are refused
 
 
