@@ -11,7 +11,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, flops, loader, readers, record, rng, speed
+from util import checkpoint, cli, datasets, exits, flops, loader, readers, record, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -186,4 +186,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.parse(get_args_parser(), __doc__))
+    exits.run(main, cli.parse(get_args_parser(), __doc__))

@@ -7,7 +7,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, flops, loader, readers, record, rng, speed
+from util import cli, datasets, exits, flops, loader, readers, record, rng, speed
 from util.dist import init_distributed, shutdown, wrap
 from util.log import RunLog, log, setup_logging
 from util.lr_sched import Schedule, scaled_lr
@@ -110,4 +110,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.parse(get_args_parser(), __doc__))
+    exits.run(main, cli.parse(get_args_parser(), __doc__))

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 from torchvision.transforms.functional import to_pil_image  # noqa: E402
 
-from util import cli  # noqa: E402
+from util import exits  # noqa: E402
 from util.build import open_model  # noqa: E402
 from util.errors import UserError  # noqa: E402
 from util.visualize import (  # noqa: E402
@@ -281,7 +281,7 @@ def main() -> None:
     try:
         _opened(next(iter({**checkpoints, **RELEASED}.values())))
     except UserError as error:
-        cli.fail(
+        exits.fail(
             UserError(f"{error.message}. Without one there is nothing to show: give a checkpoint, or run make demo")
         )
     examples = write_examples(Path(gr.utils.get_upload_folder()) / "mae_examples")

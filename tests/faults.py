@@ -23,6 +23,7 @@ import torch
 from helpers import ON_CPU, assert_same, load, write_image_folder
 
 import main_pretrain
+from util import exits
 from util.resume import checkpoints
 
 OPTIONS = (
@@ -52,7 +53,7 @@ def start(images: Path, output_dir: Path, processes: int, *more: object) -> list
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         code = 1
         try:
-            main_pretrain.cli.run(main_pretrain.main, args)
+            exits.run(main_pretrain.main, args)
             code = 0
         except SystemExit as leave:
             code = leave.code

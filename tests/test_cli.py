@@ -14,7 +14,7 @@ import main_linprobe
 import main_pretrain
 import models_mae
 import models_vit
-from util import cli, slurm
+from util import cli, exits, slurm
 from util.errors import UserError
 from util.step import Step
 
@@ -256,7 +256,7 @@ def test_user_error_ends_with_its_message_alone(capsys):
         raise UserError("lower --batch_size")
 
     with pytest.raises(SystemExit) as exit_:
-        cli.run(main, argparse.Namespace())
+        exits.run(main, argparse.Namespace())
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "error: lower --batch_size\n"
 

@@ -33,7 +33,7 @@ import main_linprobe
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util import checkpoint, cli, untrusted
+from util import checkpoint, cli, exits, untrusted
 from util.datasets import Images
 from util.dist import Dist
 from util.errors import UserError
@@ -113,7 +113,7 @@ def run_options(number: int, folder: Path) -> str:
     os.chdir(folder)
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            cli.run(script.main, cli.parse(script.get_args_parser(), script.__doc__))
+            exits.run(script.main, cli.parse(script.get_args_parser(), script.__doc__))
         return "ended"
     except Enough:
         return "trained"

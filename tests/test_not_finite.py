@@ -10,7 +10,8 @@ from torch import nn
 
 import engine_pretrain
 import main_pretrain
-from util import cli
+from util import exits
+from util.dist import shutdown
 from util.lars import LARS
 from util.log import NonFiniteLossError
 from util.resume import checkpoints
@@ -158,7 +159,7 @@ def test_stop_saves_the_weights_without_the_bad_updates(images, tmp_path, monkey
             [str(arg) for arg in (*args, "--output_dir", tmp_path, "--log_dir", "")]
         )
         with pytest.raises(SystemExit) as left:
-            cli.run(main_pretrain.main, options)
+            exits.run(main_pretrain.main, options)
     assert left.value.code == 3
     error = capsys.readouterr().err
     assert "Epoch: [1]" in error and "gradient norm nan at iteration 3" in error and "lr " in error
@@ -215,10 +216,10 @@ def worker(folder: str, images: str) -> None:
     try:
         main_pretrain.main(args)
     except NonFiniteLossError as error:
-        result = {"code": cli.EXIT_NOT_FINITE, "error": str(error)}
+        result = {"code": exits.EXIT_NOT_FINITE, "error": str(error)}
     weights = {name: value.clone() for name, value in kept["step"].model.module.state_dict().items()}
     torch.save({**result, "weights": weights}, f"{folder}/rank-{rank}.pth")
-    cli.shutdown()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import main_pretrain
 from util import checkpoint, datasets, saving
 from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
-from util.errors import UserError
+from util.errors import NotSavedError, UserError
 from util.loader import explain
 from util.log import NonFiniteLossError, Part, RunLog
 from util.resume import Start, checkpoints, newest, refuse_second_run, resume
@@ -240,7 +240,7 @@ def test_end_of_the_run_is_tried_until_it_is_saved_or_refused(tmp_path, monkeypa
     assert names(tmp_path) == ["checkpoint-5.pth"]
     tries[:] = []
     monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0,))
-    with pytest.raises(UserError, match="could not be saved"), saver(tmp_path) as one:
+    with pytest.raises(NotSavedError, match="could not be saved"), saver(tmp_path) as one:
         one.after_epoch(5)
 
 

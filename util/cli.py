@@ -2,17 +2,9 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Callable
-from typing import NoReturn
 
-from util.dist import shutdown
-from util.errors import UserError
-from util.loader import explain
-from util.log import NonFiniteLossError, log
-from util.signals import Stopped
-
-EXIT_NOT_FINITE = 3
+from util.log import log
 
 
 class _Help(argparse.HelpFormatter):
@@ -37,36 +29,6 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
         if value in ([], ()):  # what argparse makes of --name=--
             parser.error(f"argument --{name}: expected a value, got '--'")
     return args
-
-
-def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call `main(args)`; a UserError ends the process with its message alone and exit code 2.
-
-    A loss that is not finite gives exit code 3. After a signal it is 75 where the state is saved, else 1.
-    """
-    try:
-        main(args)
-    except UserError as error:
-        fail(error)
-    except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        shutdown()
-        sys.exit(EXIT_NOT_FINITE)
-    except RuntimeError as error:
-        if (message := explain(error)) is None:
-            raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except Stopped as stopped:
-        log.info(str(stopped))
-        shutdown()
-        sys.exit(stopped.exit_code)
-
-
-def fail(error: UserError) -> NoReturn:
-    """Print the message without a traceback and leave with exit code 2, as argparse does."""
-    print(f"error: {error.message}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 def warn_ineffective(args: argparse.Namespace) -> None:
@@ -277,12 +239,13 @@ def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None
     add("--save_minutes", default=30.0, type=above_zero, metavar="MINUTES",
         help="minutes after which a state within an epoch is saved too, in files that newer ones replace")  # fmt: skip
     add("--keep_last", default=None, type=positive, metavar="K",
-        help="checkpoints to keep, beside the best and in pretraining every 20th epoch; none keeps all")  # fmt: skip
+        help="checkpoints to keep, but two at least, beside the best and in pretraining every 20th epoch; none keeps "
+        "all")  # fmt: skip
     add("--async_save", default="auto", choices=["auto", "on", "off"],
         help="write checkpoints beside training, from a copy in main memory; auto: with CUDA")  # fmt: skip
     add("--on_nan", default="stop", choices=["stop", "skip", "rollback"],
-        help="a step whose loss or gradient is not finite is left out; at the second within 1000 forward passes: stop, "
-        "skip it too, or go back to the last checkpoint and on with other images")  # fmt: skip
+        help="a step whose loss or gradient is not finite is left out; at the second within 1000 optimizer steps: "
+        "stop, skip it too, or go back to the last checkpoint and on with other images")  # fmt: skip
     add("--resume", default="", metavar="FILE",
         help="checkpoint to continue: path, https URL, or auto: the newest in output_dir if there is one")  # fmt: skip
     add("--start_epoch", default=0, type=count, metavar="N", help="first epoch, where --resume does not tell it")

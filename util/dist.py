@@ -206,6 +206,8 @@ def on_main(env: Dist, action: Callable[[], Any]) -> Any:
         torch.distributed.broadcast_object_list(shared, src=0)
         result, error = shared
     if error is not None:
+        if isinstance(error, UserError):
+            error.rank_0_tells = not env.is_main
         raise error
     return result
 

@@ -16,7 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from models_mae import MaskedAutoencoderViT
-from util import cli, convert
+from util import cli, convert, exits
 from util.build import is_decoder, open_named
 from util.errors import UserError
 
@@ -217,7 +217,7 @@ def main() -> None:
             args.checkpoint, args.to, args.part, args.output, args.model, args.input_size, args.mask_ratio
         )
     except UserError as error:
-        cli.fail(error)
+        exits.fail(error)
     print(f"wrote {path}. To load it:\n  {line}")
 
 

@@ -82,7 +82,7 @@ def _copy_to(batch: list[torch.Tensor], device: torch.device) -> Batch:
     return pixels, mirror, labels
 
 
-def explain(error: RuntimeError) -> str | None:
+def explain(error: Exception) -> str | None:
     """What to do about an error of the loader's workers; None for other errors."""
     text = str(error).split("\n")[0].strip()
     if "DataLoader timed out" in text:

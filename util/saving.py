@@ -18,7 +18,7 @@ from torch import nn
 
 from util import checkpoint, resume
 from util.dist import Dist, on_main, sum_over_ranks
-from util.errors import UserError
+from util.errors import NotSavedError, UserError
 from util.log import NonFiniteLossError, Part, Progress, log
 from util.signals import Signals, Stopped
 from util.strikes import Strikes
@@ -287,4 +287,4 @@ class Saver:
             self._save(f"checkpoint-{self.epoch}.pth", self.epoch)
             if not self.failed:
                 return
-        raise UserError(f"the end of the run could not be saved in {self.folder}: see the errors above")
+        raise NotSavedError(f"the end of the run could not be saved in {self.folder}: see the errors above")

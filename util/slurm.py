@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from util import cli, resume
+from util import cli, exits, resume
 from util.errors import UserError
 from util.log import log
 from util.signals import Stopped
@@ -26,12 +26,15 @@ class Job:
         self.script, self.args = script, args
 
     def __call__(self) -> None:
+        exits.run(self._main, self.args)  # else submitit would show a traceback for every bad option
+
+    def _main(self, args: argparse.Namespace) -> None:
         import submitit
 
         # several processes may share a node's GPUs, so each keeps seeing all of them and takes its own by local rank
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        folder = Path(str(self.args.job_dir).replace("%j", submitit.JobEnvironment().job_id))
-        args = argparse.Namespace(**vars(self.args))
+        folder = Path(str(args.job_dir).replace("%j", submitit.JobEnvironment().job_id))
+        args = argparse.Namespace(**vars(args))
         args.output_dir = args.log_dir = str(folder)
         # a job that SLURM requeued, after preemption, time limit or a node's failure, finds what it has saved
         if not getattr(args, "eval", False) and (resume.checkpoints(folder) or not args.resume):
@@ -78,7 +81,7 @@ def submit(script: ModuleType) -> None:
     try:
         print(_submit(script, args))
     except UserError as error:
-        cli.fail(error)
+        exits.fail(error)
 
 
 def _submit(script: ModuleType, args: argparse.Namespace) -> str:

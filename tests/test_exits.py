@@ -1,0 +1,108 @@
+"""How scripts end: exit codes, and last words that are in train.log too and are said once."""
+
+import argparse
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT  # noqa: F401
+
+from util import exits, slurm
+from util.dist import Dist, on_main
+from util.errors import NotSavedError, UserError
+from util.log import NonFiniteLossError, setup_logging
+from util.signals import Stopped
+
+ENV = Dist(torch.device("cpu"))
+KILLED = "DataLoader worker (pid 4) is killed by signal: Killed. "
+
+
+def ending(error: Exception) -> int:
+    """The exit code of a script whose main() raises `error`."""
+
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        exits.run(main, argparse.Namespace())
+    return left.value.code
+
+
+@pytest.fixture
+def train_log(tmp_path):
+    """What train.log holds of a run into a new folder."""
+    setup_logging(ENV, str(tmp_path))
+    yield lambda: (tmp_path / "train.log").read_text()
+    logging.getLogger("mae").handlers.clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("lower --batch_size"), 2, "lower --batch_size"),
+        (NonFiniteLossError("loss nan"), 3, "loss nan"),
+        (NotSavedError("the end could not be saved"), 1, "the end could not be saved"),
+        (RuntimeError(KILLED), 1, "a loader worker died"),
+    ],
+)
+def test_last_words_are_on_the_terminal_and_in_train_log(error, code, words, train_log, capsys):
+    assert ending(error) == code
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {words}") and said.out == "" and said.err.count("\n") == 1
+    assert train_log().endswith(f" {said.err}")
+
+
+def test_error_that_nobody_expected_leaves_its_traceback_in_train_log(train_log):
+    with pytest.raises(ZeroDivisionError):
+        exits.run(lambda args: 1 / 0, argparse.Namespace())
+    assert "Traceback" in train_log() and "ZeroDivisionError: division by zero" in train_log()
+
+
+def test_signal_ends_with_its_own_code(train_log):
+    assert ending(Stopped({15}, saved=True)) == 75 and "SIGTERM" in train_log()
+    assert ending(Stopped({15}, saved=False)) == 1
+
+
+def as_rank(monkeypatch, rank: int) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+
+
+def test_error_that_all_ranks_raise_is_told_by_rank_0_alone(monkeypatch, capsys):
+    def bad_folder():
+        raise UserError("name another folder")
+
+    def broadcast(shared, src):
+        shared[:] = [None, UserError("name another folder")]
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    for rank, words in ((0, "error: name another folder\n"), (1, "")):
+        as_rank(monkeypatch, rank)
+        with pytest.raises(UserError) as caught:
+            on_main(Dist(torch.device("cpu"), rank=rank, world_size=2), bad_folder)
+        assert ending(caught.value) == 2
+        assert capsys.readouterr().err == words
+    assert ending(NonFiniteLossError("loss nan")) == 3 and capsys.readouterr().err == ""
+
+
+def test_error_of_one_rank_is_told_with_its_rank(monkeypatch, capsys):
+    as_rank(monkeypatch, 3)
+    assert ending(UserError("cannot decode 3.png")) == 2
+    assert capsys.readouterr().err == "[rank 3] error: cannot decode 3.png\n"
+
+
+def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):
+    import submitit
+
+    def main(args):
+        assert args.output_dir == str(tmp_path / "4711")
+        raise UserError("lower --batch_size")
+
+    monkeypatch.setattr(submitit.helpers, "TorchDistributedEnvironment", lambda: SimpleNamespace(export=lambda **_: 0))
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(job_id="4711"))
+    job = slurm.Job(SimpleNamespace(main=main), argparse.Namespace(job_dir=tmp_path / "%j", resume=""))
+    with pytest.raises(SystemExit) as left:
+        job()
+    assert left.value.code == 2 and capsys.readouterr().err == "error: lower --batch_size\n"
