@@ -254,7 +254,41 @@ def test_write_that_stalls_costs_its_save_and_not_the_training(tmp_path, monkeyp
     one.writing.join()
 
 
+def test_save_behind_a_write_that_stalls_waits_for_it_once(tmp_path):
+    """Half of --dist_timeout: the other ranks wait for the whole of it."""
+    one, waits = saver(tmp_path, dist_timeout=10.0), []
+    one.writing = argparse.Namespace(join=waits.append, is_alive=lambda: True)
+    one.after_epoch(0, accuracy=50.0)
+    assert waits == [300.0] and one.failed and names(tmp_path) == []
+    one.writing.is_alive = lambda: False
+    one.after_epoch(1, accuracy=40.0)
+    assert load(tmp_path / "checkpoint-1.pth")["best"] == (40.0, 1), "the best of what is saved"
+
+
+def test_copy_of_what_is_not_on_a_gpu_is_done_when_it_returns(tmp_path, monkeypatch):
+    """On mps, too, a copy that does not block would still be under way when the thread writes it."""
+    one, copy, asked = saver(tmp_path), torch.Tensor.copy_, []
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, source, non_blocking: asked.append(non_blocking) or copy(self, source)
+    )
+    one._copy(one.model.state_dict())
+    assert asked == [False, False]
+
+
 # what is kept
+
+
+def test_old_files_go_also_where_no_links_can_be_made(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    one = saver(tmp_path, keep_last=2)
+    with project_log() as lines:
+        for epoch in range(5):
+            one.after_epoch(epoch, accuracy=10.0 + epoch)
+    assert names(tmp_path) == ["checkpoint-3.pth", "checkpoint-4.pth"]
+    assert sum("checkpoint-best.pth" in line and "not permitted" in line for line in lines) == 5
 
 
 def test_keep_last_keeps_milestones_the_best_and_the_newest(tmp_path):
@@ -470,14 +504,16 @@ def test_position_is_kept_when_the_batch_is_cut_otherwise(batch_size, accum_iter
 
 
 def test_options_that_change_the_mathematics_are_named_and_others_not(tmp_path):
-    saver(tmp_path, blr=0.1, mask_ratio=0.75, num_workers=1).after_epoch(0)
+    shown = {"knn_every": 0, "picture_every": 20, "val_split": "val"}
+    saver(tmp_path, blr=0.1, mask_ratio=0.75, num_workers=1, **shown).after_epoch(0)
     with project_log() as lines:
         resumed(tmp_path, resume="auto", blr=0.2, mask_ratio=0.75, num_workers=4, epochs=9)
     (line,) = [line for line in lines if "differs" in line]
     assert "--blr 0.2 (was 0.1)" in line and "--epochs 9 (was 6)" in line
     assert "mask_ratio" not in line and "num_workers" not in line
     with project_log() as lines:
-        resumed(tmp_path, resume="auto", blr=0.1, mask_ratio=0.75, num_workers=4)
+        shown = {"knn_every": 5, "picture_every": 0, "val_split": "test"}
+        resumed(tmp_path, resume="auto", blr=0.1, mask_ratio=0.75, num_workers=4, **shown)
     assert not any("differs" in line for line in lines)
 
 

@@ -13,13 +13,13 @@ from util.dist import Dist, on_main
 from util.errors import UserError
 from util.log import Part, log
 
-# options that may differ between a checkpoint and the run that continues it without a word: they change no weight, or
-# (the first three) only as a product, which is compared
-SILENT = set(
+# options that may differ between a checkpoint and the run that continues it without a warning: they change no weight,
+# or (the first three) only as a product, which is compared
+MAY_DIFFER = set(
     "batch_size accum_iter world_size output_dir log_dir resume start_epoch data_path num_workers pin_mem finetune "
     "save_every save_minutes keep_last async_save on_nan loader_timeout dist_timeout dist_url dist_on_itp local_rank "
     "device compile grad_checkpointing peak_tflops eval dist_eval job_dir ngpus nodes timeout partition use_volta32 "
-    "comment cluster".split()
+    "comment cluster picture_every knn_every val_split".split()
 )
 
 
@@ -176,7 +176,7 @@ def _name_differences(path: str | Path, state: dict, saved: dict, args: argparse
     ours = vars(args)
     differing = [
         f"--{name} {ours[name]} (was {saved[name]})"
-        for name in sorted(ours.keys() & saved.keys() - SILENT)
+        for name in sorted(ours.keys() & saved.keys() - MAY_DIFFER)
         if ours[name] != saved[name]
     ]
     if "world_size" in state:

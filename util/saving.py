@@ -167,13 +167,9 @@ class Saver:
         last = epoch == self.args.epochs - 1
         if epoch % self.args.save_every and not last and not self.failed:
             return
-        self._wait(self._patience)  # whether the last one is saved decides which is the best
-        best = self.best
-        if accuracy is not None and (best is None or accuracy > best[0]):
-            best = (accuracy, epoch)
-        self._save(f"checkpoint-{epoch}.pth", epoch, best=best)
+        self._save(f"checkpoint-{epoch}.pth", epoch, accuracy)
 
-    def _save(self, name: str, epoch: int, **more) -> None:
+    def _save(self, name: str, epoch: int, accuracy: float | None = None, **more) -> None:
         self.saved_at = start = time.monotonic()
         if self.folder is None or not self._wait(self._patience):
             return
@@ -185,9 +181,12 @@ class Saver:
             "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
             "world_size": self.env.world_size,
         }
-        if self.max_accuracy:
-            state |= {"max_accuracy": self.max_accuracy, "best": self.best}
-        state |= {name: value for name, value in more.items() if value is not None}
+        best = self.best  # known now: the save before this one has ended
+        if accuracy is not None and (best is None or accuracy > best[0]):
+            best = (accuracy, epoch)
+        if self.max_accuracy or best:
+            state |= {"max_accuracy": self.max_accuracy, "best": best}
+        state |= more
         path, self.failed = self.folder / name, False
         if self.asynchronous:
             state = self._copy(state)
@@ -208,9 +207,9 @@ class Saver:
         if not isinstance(value, torch.Tensor):
             return value
         if where not in self.copies:
-            pinned = value.device.type == "cuda"
+        pinned = value.device.type == "cuda"
             self.copies[where] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-        return self.copies[where].copy_(value, non_blocking=True)
+        return self.copies[where].copy_(value, non_blocking=pinned)  # else nothing waits for it
 
     def _write(self, path: Path, state: dict) -> None:
         start = time.monotonic()
@@ -224,15 +223,18 @@ class Saver:
             log.error(f"{path} COULD NOT BE SAVED ({reason}); training goes on, the next save will try again")
             return
         log.debug(f"saved {path}: {megabytes:.1f} MB in {time.monotonic() - start:.2f} s")
-        try:
-            if self.best and path.name == f"checkpoint-{self.best[1]}.pth":
-                link = self.folder / f"{BEST}.tmp"
-                link.unlink(missing_ok=True)
-                link.symlink_to(path.name)
-                link.replace(self.folder / BEST)
-            self._prune(path)
-        except OSError as error:
-            log.warning(f"{self.folder}: links and old files stay as they are ({error})")
+        for what, tidy in ((BEST, self._link_best), ("old files", self._prune)):  # not all file systems have links
+            try:
+                tidy(path)
+            except OSError as error:
+                log.warning(f"{self.folder}: {what} cannot be brought up to date ({error})")
+
+    def _link_best(self, newest: Path) -> None:
+        if self.best and newest.name == f"checkpoint-{self.best[1]}.pth":
+            link = self.folder / f"{BEST}.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(newest.name)
+            link.replace(self.folder / BEST)
 
     def _prune(self, newest: Path) -> None:
         """Remove what --keep_last no longer keeps, and partial files that newer ones replace; never what is newer."""
