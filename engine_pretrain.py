@@ -35,7 +35,7 @@ def train_one_epoch(
     n = len(loader)
     progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env, throughput=throughput, done=done)
     if saver is not None:
-        saver.begin(epoch, progress)
+        saver.begin(epoch, progress, step)
     for i, (imgs, _) in progress:
         if i % step.accum_iter == 0:
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
@@ -47,7 +47,7 @@ def train_one_epoch(
         progress.add(i, lr=lr, loss=loss, grad_norm=step.grad_norm, judged=judged)
         saving = update and saver is not None and saver.due()
         if progress.due(i) or saving:
-            steps = progress.read()  # the only place where the host waits for the device
+            steps = progress.read()  # the host waits for the device; of several processes also in saver.due
             run_log.steps(epoch, n, steps, progress.rates, loss_name="train_loss")
         if saving:
             saver.save_part()

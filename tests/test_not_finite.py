@@ -80,7 +80,7 @@ def test_lars_takes_loss_scaling_s_word_on_the_device():
 
 def judged(policy: str, bad: set[int], n: int, accum_iter: int = 1, every: int = 20, roll_back=lambda: True) -> list:
     """Messages of n passes read 20 at a time, of which some are bad; the last one may be an error."""
-    strikes = Strikes(policy, accum_iter, roll_back)
+    strikes = Strikes(policy, accum_iter, roll_back, lambda: 1.0)
     passes = [(i, {"lr": 0.1, "loss": math.nan if i in bad else 1.0}, math.inf if i in bad else 2.5) for i in range(n)]
     with project_log() as lines:
         try:
@@ -106,6 +106,36 @@ def test_passes_of_one_step_are_one_strike_even_across_a_log_point():
     assert len(judged("stop", {16, 17, 18, 19}, 100, accum_iter=4)) == 1
     assert len(judged("stop", {18, 19, 20, 21}, 100, accum_iter=4, every=20)) == 2  # two steps
     assert len(judged("stop", {8, 10, 11}, 100, accum_iter=4, every=10)) == 1
+
+
+def test_steps_that_log_points_cut_in_pieces_count_once():
+    """32 or 64 passes a step, read 20 at a time."""
+    assert "second time" in judged("stop", {5, 5 + 32 * 900}, 32 * 910, accum_iter=32)[-1]
+    lines = judged("skip", set(range(5000)), 64 * 25, accum_iter=64)
+    assert len(lines) == IN_A_ROW and f"iteration {64 * IN_A_ROW - 1} " in lines[-1]
+    assert len(judged("stop", set(range(64, 128)), 64 * 25, accum_iter=64)) == 1
+    # what is still under way is not judged yet
+    assert judged("stop", {3}, 20, accum_iter=32) == [] and len(judged("stop", {3}, 40, accum_iter=32)) == 1
+
+
+def test_gradients_that_no_loss_scale_makes_finite_stop_the_run():
+    model = nn.Linear(3, 2)
+    step = Step(model, OPTIMIZERS["AdamW"](model.parameters()), DEVICE, torch.float16)
+    strikes, before = Strikes("skip", 1, lambda: True, step.scaler.get_scale), model.weight.detach().clone()
+    with pytest.raises(NonFiniteLossError, match="loss scale has fallen to .*e-05 .*--amp bf16"):
+        for i in range(100):
+            loss = step(lambda: model(torch.ones(1, 3)).float().sum() * 1e37, update=True)
+            strikes.judge("Epoch: [0]", [(i, {"loss": loss.item()}, 0.0)])
+    assert i == 29 and torch.equal(model.weight, before)
+
+
+def test_loss_scale_that_was_resumed_below_the_bound_may_rise():
+    scales = iter([5e-5, 5e-5, 1e-4, 2e-4, 1e-4, 5e-5])
+    strikes = Strikes("stop", 1, lambda: True, lambda: next(scales))
+    for i in range(5):
+        strikes.judge("Epoch: [0]", [(i, {"loss": 1.0}, 0.0)])
+    with pytest.raises(NonFiniteLossError, match="5e-05"):
+        strikes.judge("Epoch: [0]", [(5, {"loss": 1.0}, 0.0)])
 
 
 def test_skip_goes_on_until_nothing_is_good_any_more():
@@ -183,6 +213,37 @@ def test_skip_goes_on_and_rollback_goes_back(images, tmp_path, monkeypatch):
     ends = [load(tmp_path / "back" / f"checkpoint-{epoch}.pth") for epoch in (0, 1)]
     assert_same(dict(ends[0]["model"]), dict(ends[1]["model"]))
     assert ends[1]["optimizer"]["state"][0]["step"] == 12 and ends[1]["epoch"] == 1
+
+
+@pytest.mark.parametrize("under_way", [35, None])
+def test_rollback_within_a_step_leaves_that_step_out(under_way, images, tmp_path, monkeypatch):
+    """3 steps of 16 passes an epoch; log points at 20 and 40 cut the last two. The bad ones are 0 and 1 of epoch 1."""
+    poison(monkeypatch, 48 + 3, 48 + 18, *([48 + under_way] if under_way else []))
+    args = (*PRETRAIN, "--data_path", images, "--batch_size", 1, "--accum_iter", 16, "--epochs", 2)
+    said = train("pretrain", tmp_path, *args, "--on_nan", "rollback")
+    assert said.count("NOT FINITE") == 2 and said.count("back to the last checkpoint") == 1
+    ends = [load(tmp_path / f"checkpoint-{epoch}.pth") for epoch in (0, 1)]
+    assert_same(dict(ends[0]["model"]), dict(ends[1]["model"]))
+    assert ends[1]["optimizer"]["state"][0]["step"] == 3
+    train("pretrain", tmp_path, *args, "--epochs", 3, "--resume", "auto")
+    assert load(tmp_path / "checkpoint-2.pth")["optimizer"]["state"][0]["step"] == 6
+
+
+@pytest.mark.parametrize("mid_step", [True, False])
+def test_update_that_was_dropped_moves_nothing_and_the_next_one_does(mid_step):
+    model = nn.Linear(3, 2)
+    step = Step(model, OPTIMIZERS["AdamW"](model.parameters()), DEVICE, accum_iter=2)
+    x, before = torch.ones(1, 3), model.weight.detach().clone()
+    if mid_step:
+        step(lambda: model(x).sum() * math.nan, update=False)
+        step.drop()
+        step(lambda: model(x).sum(), update=True)
+        assert torch.equal(model.weight, before) and step.grad_norm == 0
+    else:
+        step.drop()
+    step(lambda: model(x).sum(), update=False)
+    step(lambda: model(x).sum(), update=True)
+    assert not torch.equal(model.weight, before) and step.grad_norm == pytest.approx(8**0.5)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from util.resume import Start, checkpoints, newest, refuse_second_run, resume
 from util.rng import image_order
 from util.saving import Saver, save
 from util.signals import Stopped
+from util.step import Step
 from util.transforms import eval_transform
 
 ENV = Dist(torch.device("cpu"))
@@ -273,6 +274,38 @@ def test_copy_of_what_is_not_on_a_gpu_is_done_when_it_returns(tmp_path, monkeypa
     )
     one._copy(one.model.state_dict())
     assert asked == [False, False]
+
+
+def original_file(path: Path, model: nn.Module, **more) -> None:
+    """As the original code writes: groups that know no `fused`, and another weight decay."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01, foreach=False)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"] = [
+        {key: group[key] for key in ("params", "lr", "betas", "eps", "weight_decay")} for group in state["param_groups"]
+    ]
+    torch.save({"model": model.state_dict(), "optimizer": state, "epoch": 3, **more}, path)
+
+
+def test_rollback_loads_as_resuming_does(tmp_path):
+    original_file(tmp_path / "checkpoint-3.pth", nn.Linear(3, 2))  # and it has no loss scaler
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3, fused=True)
+    step = Step(model, optimizer, ENV.device)
+    one = Saver(ENV, options(tmp_path), model, optimizer, step.scaler)
+    assert one._roll_back()
+    saved = load(tmp_path / "checkpoint-3.pth")
+    assert_same(dict(model.state_dict()), saved["model"])
+    assert_same(optimizer.state[model.weight]["exp_avg"], saved["optimizer"]["state"][0]["exp_avg"])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+    step(lambda: model(torch.ones(1, 3)).sum(), update=True)
+    assert optimizer.state[model.weight]["step"] == 2
+
+
+def test_rollback_finds_nothing_in_a_file_of_weights_alone(tmp_path):
+    empty(tmp_path, "checkpoint-3.pth")
+    assert not saver(tmp_path)._roll_back()
 
 
 # what is kept

@@ -113,19 +113,10 @@ def resume(
     saved_args = contents.options_of(state)
     _check_size(path, saved_args, args)
     checkpoint.load_strictly(model, state["model"], path)
-    if "optimizer" not in state or "epoch" not in state:
+    if not has_training_state(state):
         log.info(f"resumed {path}")
         return Start()
-    try:
-        contents.check_training_state(state, optimizer, scaler)
-    except ValueError as error:
-        raise UserError(
-            f"the training state of {path} does not fit: {error}. Resume with the options it was trained with, such as "
-            "--layer_decay"
-        ) from error
-    _load_optimizer_state(optimizer, state["optimizer"])
-    if state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
+    load_training_state(path, state, optimizer, scaler)
     start = _start(state, saved_args, args, env)
     log.info(f"resumed {path}: goes on at epoch {start.epoch}, batch {start.part.iteration}")
     if saved_args:
@@ -142,19 +133,35 @@ def _check_size(path: str | Path, saved: dict, args: argparse.Namespace) -> None
         raise UserError(f"{path} was trained with --input_size {there}, not {here}: resume with the same")
 
 
-def _load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Take the moments from `saved`, and all else (weight decay, kernel) from the optimizer as the run built it.
+def has_training_state(state: dict) -> bool:
+    """Whether a checkpoint's content is more than weights: the files of released models are not."""
+    return "optimizer" in state and "epoch" in state
 
-    The rate is set before every step; the file's is that of the last one.
 
-    Files of the original code know nothing of fused kernels, and an option given on resuming must have its effect.
+def load_training_state(
+    path: str | Path, state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Load the moments and, where `state` has one, the loss scale, of the checkpoint at `path`; UserError if unfit.
+
+    Of the optimizer's options only the rate is the file's, and that is set anew before each step. The others (weight
+    decay, kernel) stay as the run built them: they are what was asked for on resuming, and files of the original code
+    know no fused kernels, without which updates that are not finite could not be left out.
     """
-    built = optimizer.state_dict()["param_groups"]
+    try:
+        contents.check_training_state(state, optimizer, scaler)
+    except ValueError as error:
+        raise UserError(
+            f"the training state of {path} does not fit: {error}. Resume with the options it was trained with, such as "
+            "--layer_decay"
+        ) from error
+    saved, built = state["optimizer"], optimizer.state_dict()["param_groups"]
     groups = [
         {**ours, "params": theirs["params"], "lr": theirs.get("lr", ours["lr"])}
         for ours, theirs in zip(built, saved["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
 
 
 def _start(state: dict, saved: dict, args: argparse.Namespace, env: Dist) -> Start:

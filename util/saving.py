@@ -21,6 +21,7 @@ from util.dist import Dist, on_main, sum_over_ranks
 from util.errors import NotSavedError, UserError
 from util.log import NonFiniteLossError, Part, Progress, log
 from util.signals import Signals, Stopped
+from util.step import Step
 from util.strikes import Strikes
 
 BEST = "checkpoint-best.pth"
@@ -82,9 +83,10 @@ class Saver:
         self.folder = Path(args.output_dir) if env.is_main and args.output_dir else None
         self.asynchronous = args.async_save == "on" or (args.async_save == "auto" and env.device.type == "cuda")
         self.signals, self.stop = Signals(env), set()
-        self.strikes = Strikes(args.on_nan, args.accum_iter, self._roll_back)
+        self.strikes = Strikes(args.on_nan, args.accum_iter, self._roll_back, scaler.get_scale)
         self.max_accuracy, self.best = 0.0, None
         self.progress: Progress | None = None
+        self.step: Step | None = None
         self.saved_at = time.monotonic()
         self.failed = False  # the last save is still owed
         self._patience = args.dist_timeout * 30  # seconds; half of what other ranks wait
@@ -130,9 +132,9 @@ class Saver:
         self.max_accuracy, self.best = start.max_accuracy, start.best
         return start
 
-    def begin(self, epoch: int, progress: Progress) -> None:
-        """Tell which epoch is under way, and where it counts what is done of it; --on_nan holds from now on."""
-        self.epoch, self.progress = epoch, progress
+    def begin(self, epoch: int, progress: Progress, step: Step | None = None) -> None:
+        """Tell which epoch is under way, what counts it and what updates the weights; --on_nan holds from now on."""
+        self.epoch, self.progress, self.step = epoch, progress, step
         progress.judge = self.strikes.judge
 
     def due(self) -> bool:
@@ -206,8 +208,8 @@ class Saver:
             return type(value)(self._copy(inner, *where, i) for i, inner in enumerate(value))
         if not isinstance(value, torch.Tensor):
             return value
-        if where not in self.copies:
         pinned = value.device.type == "cuda"
+        if where not in self.copies:
             self.copies[where] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
         return self.copies[where].copy_(value, non_blocking=pinned)  # else nothing waits for it
 
@@ -256,9 +258,12 @@ class Saver:
         if not path:
             return False
         state = checkpoint.load(path)
+        if not resume.has_training_state(state):
+            return False
         checkpoint.load_strictly(self.model, state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        resume.load_training_state(path, state, self.optimizer, self.scaler)
+        if self.step is not None:
+            self.step.drop()
         return True
 
     def _wait(self, seconds: float | None = None) -> bool:

@@ -53,6 +53,7 @@ class Step:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.skips = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
         self.grad_norm = torch.zeros((), device=device)
+        self.under_way = self.dropped = False  # passes since the last update; whether the next update is left out
 
     def __call__(self, forward: Callable[[], torch.Tensor], update: bool) -> torch.Tensor:
         """`forward()` -> scalar loss; add its gradients, and with `update` take the optimizer step. Returns the loss,
@@ -65,11 +66,22 @@ class Step:
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
                 loss = forward()
             self.scaler.scale(loss / self.accum_iter).backward()
+        self.under_way = not update
         if update:
             self._update()
         return loss.detach()
 
+    def drop(self) -> None:
+        """Forget all gradients, and leave out the update that is under way: its weights are others by now."""
+        self.optimizer.zero_grad()
+        self.grad_norm = torch.zeros_like(self.grad_norm)
+        self.dropped = self.under_way
+
     def _update(self) -> None:
+        if self.dropped:
+            self.optimizer.zero_grad()
+            self.dropped = False
+            return
         self.scaler.unscale_(self.optimizer)
         if self.clip_grad is not None:
             self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)

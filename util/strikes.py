@@ -9,6 +9,7 @@ from util.log import NonFiniteLossError, log
 WINDOW = 1000  # optimizer steps within which a second strike counts
 IN_A_ROW = 20  # optimizer steps without a good one among them, after which going on makes no sense
 ROLL_BACKS = 3
+LEAST_LOSS_SCALE = 1e-4  # 30 overflows below torch's first 65536: that no scale can help
 
 
 class Strikes:
@@ -16,22 +17,28 @@ class Strikes:
 
     stop: one bad step is forgiven, two within 1000 raise NonFiniteLossError. rollback: they call `roll_back`, which
     returns False where there is nothing to go back to; three times at most. skip: each is forgiven. Whatever the
-    policy, 20 bad steps in a row raise.
+    policy, 20 bad steps in a row raise, and so does a `loss_scale` (1 without fp16) that falls and falls.
     """
 
-    def __init__(self, policy: str, accum_iter: int, roll_back: Callable[[], bool]) -> None:
-        self.policy, self.accum_iter, self.roll_back = policy, accum_iter, roll_back
+    def __init__(
+        self, policy: str, accum_iter: int, roll_back: Callable[[], bool], loss_scale: Callable[[], float]
+    ) -> None:
+        self.policy, self.accum_iter, self.roll_back, self.loss_scale = policy, accum_iter, roll_back, loss_scale
         self.steps = self.in_a_row = self.rolled_back = 0
-        self.last_strike, self.last_norm = -math.inf, math.nan
-        self.last_bad: tuple[str, int] | None = None
+        self.last_strike, self.last_norm, self.last_scale = -math.inf, math.nan, 0.0
+        self.open: list[tuple[int, dict[str, float], float]] = []  # passes of a step that a log point cuts in two
 
     def judge(self, header: str, passes: list[tuple[int, dict[str, float], float]]) -> None:
         """`passes`: (iteration, values with `lr` and `loss`, norm of the gradient or 0 where none was measured)."""
-        for step, group in itertools.groupby(passes, lambda one: one[0] // self.accum_iter):
+        self._judge_scale(header, passes)
+        passes, self.open = self.open + passes, []
+        for _, group in itertools.groupby(passes, lambda one: one[0] // self.accum_iter):
             group = list(group)
-            if self._good(group) or self.last_bad == (header, step):  # a log point may cut a step in two: one strike
+            if (group[-1][0] + 1) % self.accum_iter:
+                self.open = group
+                return
+            if self._good(group):
                 continue
-            self.last_bad = (header, step)
             again = self.steps - self.last_strike <= WINDOW
             self.last_strike = self.steps
             what = self._describe(header, group, passes)
@@ -45,6 +52,17 @@ class Strikes:
             raise NonFiniteLossError(
                 f"{what}, for the second time within {WINDOW} steps or the {IN_A_ROW}th in a row. Go on from a "
                 "checkpoint before with a lower --blr, a longer --warmup_epochs, --amp off or another --on_nan"
+            )
+
+    def _judge_scale(self, header: str, passes: list[tuple[int, dict[str, float], float]]) -> None:
+        """With fp16 an overflow is no strike; but where gradients are never finite, each halves the scale."""
+        scale = self.loss_scale()
+        before, self.last_scale = self.last_scale, scale
+        if scale < min(before, LEAST_LOSS_SCALE):  # a run resumed below may have found a way up
+            raise NonFiniteLossError(
+                f"{header} the loss scale has fallen to {scale:.2g} (read at iterations {passes[0][0]} to "
+                f"{passes[-1][0]}): gradients overflow float16 whatever it is. Go on from a checkpoint before with a "
+                "lower --blr, a longer --warmup_epochs, or --amp bf16 or off"
             )
 
     def _good(self, group: list[tuple[int, dict[str, float], float]]) -> bool:
