@@ -96,10 +96,9 @@ def _worker(pipe: str, ready) -> None:
     open(pipe).close()  # waits for ever, as reading from a stalled disk
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_loader_worker_outlives_signals_to_the_whole_job_but_obeys_its_trainer(method, tmp_path):
+def test_loader_worker_outlives_signals_to_the_whole_job_but_obeys_its_trainer(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("fork")
     ready = context.Event()
     worker = context.Process(target=_worker, args=(str(tmp_path / "pipe"), ready), daemon=True)
     worker.start()

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -137,7 +138,10 @@ def eval_loader(
 
 
 def _worker_options(num_workers: int, pin_mem: bool, device: torch.device, timeout_seconds: float) -> dict:
+    # a fork server, Python 3.14's default, starts workers with threads, which no worker can keep from obeying SIGTERM
+    fork = num_workers > 0 and sys.platform == "linux"
     return {
+        "multiprocessing_context": "fork" if fork else None,
         "num_workers": num_workers,
         "pin_memory": pin_mem and device.type == "cuda",
         "worker_init_fn": leave_signals_to_the_trainer,
