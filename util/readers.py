@@ -69,10 +69,9 @@ class Stream:
         worker, n_workers = (info.id, info.num_workers) if info else (0, 1)
         reader = self.open_reader(self.seed)
         reader.dist_rank, reader.dist_num_replicas = self.rank, self.world_size
-        if not self.training and hasattr(reader, "split_info") and hasattr(reader.split_info, "filenames"):
-            # WebDataset's reader pads the processes' shares to one length, so some images would count twice
-            reader.split_info.filenames = reader.split_info.filenames[self.rank :: self.world_size]
-            reader.dist_rank, reader.dist_num_replicas = 0, 1
+        reader.worker_seed = rng.stream_generator(self.seed, epoch).initial_seed()  # loader workers have their own
+        if not self.training:
+            _keep_own_share(reader)
         reader.set_epoch(epoch)
         for count, (image, label) in enumerate(reader):
             check_label(label, self.nb_classes)
@@ -117,8 +116,6 @@ def labelled_images(
         train_set = train_transform and Images(train_files, train_transform, seed, skip_bad)
         return train_set, Images(val_files, val_transform, seed, skip_bad)
     options = {"seed": seed, "skip_bad": skip_bad, "nb_classes": nb_classes}
-    if sharded and env.world_size > 1 and name.startswith("tfds/"):
-        raise UserError(f"--dataset {name}: its reader repeats images in --dist_eval: leave that option out")
     val_env = env if sharded else Dist(env.device)
     val_set = _open(name, root, splits[1], val_transform, val_env, training=False, **options)
     if train_transform is None:
@@ -150,6 +147,26 @@ def _open(
     if len(reader) == 0:
         raise UserError(f"--dataset {name} (--data_path {root}, split {split!r}) holds no images")
     return ReaderImages(reader, nb_classes, transform, seed, skip_bad)
+
+
+def _keep_own_share(reader: Reader) -> None:
+    """Leave to a reader, in evaluation, nothing but its process's share.
+
+    By themselves WebDataset's and TensorFlow's make the processes' shares equally long, so some images would count
+    twice; alone in the world, they do not.
+    """
+    rank, world_size = reader.dist_rank, reader.dist_num_replicas
+    kind = type(reader).__name__  # their modules need packages that are optional here
+    if kind == "ReaderWds":
+        reader.split_info.filenames = reader.split_info.filenames[rank::world_size]
+    elif kind == "ReaderTfds":
+        import tensorflow_datasets as tfds
+
+        reader.split = tfds.even_splits(reader.split, world_size)[rank]
+        reader.split_info = reader.builder.info.splits[reader.split]
+    else:
+        return
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 class _StreamOpener:
