@@ -34,7 +34,7 @@ def prepare(model: nn.Module, compile_: str, grad_checkpointing: bool, device: t
                 setattr(block, name, SharedDropPath(module.drop_prob, device))
         # encoder and decoder have lengths of their own, each worth code of its own: dynamic code would be slower
         block.compile(dynamic=False)
-    log.info(f"{len(blocks)} blocks will be compiled in the first step")
+    log.info(f"{len(blocks)} blocks will be compiled in the first step, whose time in the log says what that costs")
 
 
 class SharedDropPath(nn.Module):
