@@ -28,15 +28,8 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# the tables of BENCHMARKS.md for a GPU of 80 GB, as JSON files below benchmarks/results
-RESULTS := benchmarks/results
-benchmarks: .venv/installed  ## on a GPU
-	mkdir -p $(RESULTS)
-	$(BIN)/python -m benchmarks.throughput --models mae_vit_base_patch16 vit_base_patch16 --batch_size 256 --json $(RESULTS)/base.json
-	$(BIN)/python -m benchmarks.throughput --models mae_vit_large_patch16 vit_large_patch16 --batch_size 128 --json $(RESULTS)/large.json
-	$(BIN)/python -m benchmarks.throughput --models mae_vit_huge_patch14 vit_huge_patch14 --batch_size 64 --json $(RESULTS)/huge.json
-	$(BIN)/python -m benchmarks.dataloader --images 8192 --batch_size 128 --num_workers 16 --model mae_vit_large_patch16 --json $(RESULTS)/loader.json
-	$(BIN)/python -m benchmarks.dataloader --images 8192 --batch_size 128 --num_workers 16 --recipe finetune --json $(RESULTS)/loader_finetune.json
+benchmarks: .venv/installed  ## measure what this machine can, fill the tables of BENCHMARKS.md; on a GPU half an hour
+	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m pytest tests/test_speed.py tests/test_gpu_decode.py
 
 clean:

@@ -70,8 +70,8 @@ def main() -> None:
     common.report(rows, {**common.machine(device), "loader processes": str(args.num_workers)}, args.json)
 
 
-def get_args() -> argparse.Namespace:
-    """The command line."""
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, or the words of another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data_path", type=Path, help="folder of class folders of images (default: scikit-image's photographs)")
@@ -84,7 +84,7 @@ def get_args() -> argparse.Namespace:
     add("--model", default="", choices=["", *models_mae.MODELS], metavar="NAME",
         help="measure this model's pretraining step too, such as mae_vit_large_patch16 (default: none)")  # fmt: skip
     common.add_options(parser, rounds=7)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def write_photographs(root: Path, n_images: int) -> Path:

@@ -58,10 +58,10 @@ def _pretraining_step(model: nn.Module, device: torch.device) -> TrainStep:
     return run
 
 
-def pretraining_step_compiled_whole(name: str, device: torch.device) -> TrainStep:
-    """The same, with the model compiled as one instead of block by block: slower to start."""
+def pretraining_step_compiled_whole(name: str, device: torch.device, mode: str | None = None) -> TrainStep:
+    """The same, with the model compiled as one instead of block by block: slower to start. `mode`: torch.compile's."""
     model = models_mae.MODELS[name](norm_pix_loss=True).to(device)
-    return _pretraining_step(torch.compile(model), device)
+    return _pretraining_step(torch.compile(model, mode=mode), device)
 
 
 def finetuning_step(name: str, device: torch.device, compile_: str = "auto") -> TrainStep:

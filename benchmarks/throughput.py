@@ -4,12 +4,15 @@ Synthetic images stay on the device, so nothing but the step is measured. Rivals
   ours, compiled          the step of main_pretrain.py with compiled blocks, the default on CUDA
   ours, eager             the same with --compile off, the default elsewhere
   ours, compiled whole    the same, compiled as one model instead of block by block
+  ours, CUDA graphs       the same, replayed from CUDA graphs, which costs the host next to nothing (on CUDA alone)
   as the original trains  its habits on today's torch: see benchmarks/rivals.py
   Hugging Face            ViTMAEForPreTraining: sdpa, bf16, fused AdamW
   Hugging Face, compiled  the same under torch.compile
 and of a classifier (fine-tuning) `ours, compiled`, `ours, eager` and `as the original trains`. Figures are medians over
-rounds that take the rivals in turn. TFLOP/s counts what the method needs (util/flops.py), equal for all rivals; `of
-matmul` is its share of the rate that one large bf16 matrix product reaches on the same device.
+rounds that take the rivals in turn; with --one_by_one a rival has all its rounds in a row and leaves the device before
+the next, for models whose rivals do not fit in its memory together. TFLOP/s counts what the method needs
+(util/flops.py), equal for all rivals; `of matmul` is its share of the rate that one large bf16 matrix product reaches
+on the same device.
 """
 
 import argparse
@@ -29,6 +32,7 @@ PRETRAINING = {
     "ours, compiled": functools.partial(rivals.pretraining_step, compile_="on"),
     "ours, eager": functools.partial(rivals.pretraining_step, compile_="off"),
     "ours, compiled whole": rivals.pretraining_step_compiled_whole,
+    "ours, CUDA graphs": functools.partial(rivals.pretraining_step_compiled_whole, mode="reduce-overhead"),
     "as the original trains": rivals.as_the_original_trains,
     "Hugging Face": functools.partial(rivals.hugging_face_step, compile_=False),
     "Hugging Face, compiled": functools.partial(rivals.hugging_face_step, compile_=True),
@@ -52,8 +56,8 @@ def main() -> None:
     common.report(rows, where, args.json)
 
 
-def get_args() -> argparse.Namespace:
-    """The command line."""
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, or the words of another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     names = [*models_mae.MODELS, *models_vit.MODELS]
@@ -61,23 +65,30 @@ def get_args() -> argparse.Namespace:
         help=f"any of {', '.join(names)} (default: mae_vit_tiny_patch16)")  # fmt: skip
     add("--batch_size", type=int, default=64, help="images a step (default: 64)")
     add("--steps", type=int, default=10, help="steps a measurement (default: 10)")
-    add("--only", nargs="+", default=None, choices=list(PRETRAINING), metavar="RIVAL",
-        help="measure these alone (default: all)")  # fmt: skip
+    add("--skip", nargs="+", default=[], choices=list(PRETRAINING), metavar="RIVAL",
+        help="leave these out (default: none)")  # fmt: skip
+    add("--one_by_one", action="store_true", help="free the memory of a rival before the next (default: off)")
     add("--matmul", type=int, default=0, metavar="SIDE",
         help="side of the matrix product that is the limit (default: 8192 on CUDA, else 2048)")  # fmt: skip
     common.add_options(parser, rounds=7)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device, matmul_tflops: float) -> list[dict]:
     """One row for each rival of one model."""
-    is_mae = name in models_mae.MODELS
-    builders = {key: build for key, build in (PRETRAINING if is_mae else FINETUNING).items()
-                if args.only is None or key in args.only}  # fmt: skip
+    builders = PRETRAINING if name in models_mae.MODELS else FINETUNING
+    imgs = torch.randn(args.batch_size, 3, 224, 224, device=device)
     contenders = {
-        key: Contender(functools.partial(build, name, device), args, device) for key, build in builders.items()
+        key: Contender(functools.partial(build, name, device), imgs, args.steps)
+        for key, build in builders.items()
+        if key not in args.skip and (device.type == "cuda" or key != "ours, CUDA graphs")
     }
-    figures = common.measure_in_turn(contenders, args.rounds)
+    groups = [{key: contender} for key, contender in contenders.items()] if args.one_by_one else [contenders]
+    figures = {}
+    for group in groups:
+        figures |= common.measure_in_turn(group, args.rounds)
+        for contender in group.values():
+            contender.leave()
     flops_per_image = 6 * forward_macs(name)
     rows = []
     for key, rates in figures.items():
@@ -88,48 +99,47 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, matmul_tf
         row |= {"TFLOP/s": tflops, "of matmul": tflops and tflops / matmul_tflops}
         row |= {"peak GB": contenders[key].peak_gb, "first step s": contenders[key].first_step_seconds}
         rows.append(row)
-    del contenders
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return rows
 
 
 class Contender:
-    """A rival's step, built at its first call; each call returns images/s of `args.steps` steps.
+    """A rival's step, built at its first call; each call returns images/s of `n_steps` steps.
 
     `first_step_seconds` includes compilation. `peak_gb` is the device memory of this rival alone, of 10^9 bytes.
     """
 
-    def __init__(self, build: Callable[[], rivals.TrainStep], args: argparse.Namespace, device: torch.device) -> None:
-        self.build, self.n_steps, self.batch_size, self.device = build, args.steps, args.batch_size, device
+    def __init__(self, build: Callable[[], rivals.TrainStep], imgs: torch.Tensor, n_steps: int) -> None:
+        self.build, self.imgs, self.n_steps = build, imgs, n_steps
+        self.cuda = imgs.device.type == "cuda"
         self.step: rivals.TrainStep | None = None
-        self.state_bytes = 0
         self.peak_gb = self.first_step_seconds = None
 
     def __call__(self) -> float:
-        cuda = self.device.type == "cuda"
-        before = torch.cuda.memory_allocated() if cuda else 0
         first = self.step is None
+        others = torch.cuda.memory_allocated() if self.cuda else 0
         if first:
             self.step = self.build()
-            self.imgs = torch.randn(self.batch_size, 3, 224, 224, device=self.device)
             self.first_step_seconds = self._time(1)
-            self.state_bytes = torch.cuda.memory_allocated() - before if cuda else 0
-            before += self.state_bytes
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()  # compiling tries kernels, which takes memory of its own
         seconds = self._time(self.n_steps)
-        if cuda:
-            # what others keep allocated is not this rival's
-            self.peak_gb = (torch.cuda.max_memory_allocated() - before + self.state_bytes) / 1e9
-        return self.n_steps * self.batch_size / seconds
+        if first and self.cuda:
+            self.peak_gb = (torch.cuda.max_memory_allocated() - others) / 1e9
+        return self.n_steps * len(self.imgs) / seconds
+
+    def leave(self) -> None:
+        """Free what the step holds, compiled code included."""
+        self.step = None
+        torch._dynamo.reset()
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
     def _time(self, n_steps: int) -> float:
         start = time.perf_counter()
         for _ in range(n_steps):
             self.step(self.imgs)
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
@@ -143,16 +153,18 @@ def forward_macs(name: str) -> float:
 
 
 def matmul_rate(side: int, device: torch.device) -> float:
-    """TFLOP/s of a bf16 product of two square matrices: the median of ten."""
+    """TFLOP/s of a bf16 product of two square matrices: the median of ten, each of several products on CUDA."""
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    products = 20 if device.type == "cuda" else 1  # so that waiting for the device costs nothing
     seconds = []
     for _ in range(13):
         start = time.perf_counter()
-        a @ b
+        for _ in range(products):
+            a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / common.median(seconds[3:]) / 1e12
+    return 2 * side**3 * products / common.median(seconds[3:]) / 1e12
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The benchmarks run, compare the same mathematics, and report what they measured."""
 
 import json
+import shlex
 
 import pytest
 import torch
-from helpers import run
+from helpers import ROOT, run
 
 import models_mae
-from benchmarks import common, rivals, throughput
+from benchmarks import common, dataloader, rivals, tables, throughput
 
 CPU = torch.device("cpu")
 
@@ -45,11 +46,12 @@ def test_arithmetic_is_that_of_the_documents(name, gmacs):
 
 
 @pytest.mark.slow
-def test_throughput_prints_a_table_and_writes_json(tmp_path):
+@pytest.mark.parametrize("one_by_one", [(), ("--one_by_one",)], ids=["in turn", "one by one"])
+def test_throughput_prints_a_table_and_writes_json(tmp_path, one_by_one):
     out = tmp_path / "figures.json"
     options = ("--models", "mae_vit_tiny_patch16", "vit_tiny_patch16", "--batch_size", 2, "--steps", 1, "--rounds", 1)
-    done = run("benchmarks/throughput.py", *options, "--only", "ours, eager", "as the original trains",
-               "--matmul", 64, "--json", out)  # fmt: skip
+    skip = [name for name in throughput.PRETRAINING if name not in ("ours, eager", "as the original trains")]
+    done = run("benchmarks/throughput.py", *options, *one_by_one, "--skip", *skip, "--matmul", 64, "--json", out)
     written = json.loads(out.read_text())
     rows = written["rows"]
     assert [(row["model"], row["step"]) for row in rows] == [
@@ -72,3 +74,44 @@ def test_dataloader_benchmark_measures_every_loader(tmp_path):
     assert list(rows) == ["plain", "timm", "ours, uint8", "ours", "decode alone", "ours + step", "synthetic + step"]
     assert rows["plain"]["x plain"] == 1 and all(row["images/s"] > 0 for row in rows.values())
     assert rows["ours + step"]["images/s"] < rows["ours"]["images/s"]
+
+
+def test_the_document_s_tables_are_those_of_the_committed_figures():
+    text = (ROOT / "BENCHMARKS.md").read_text()
+    assert tables.fill(text, ROOT / "benchmarks" / "results") == text
+
+
+def test_figures_fill_their_own_cells_and_others_stay_empty(tmp_path):
+    """One row of one run was measured."""
+    name = "as the original trains"
+    row = {"step": name, "images/s": 1234.5, "x original": 1.0, "TFLOP/s": 153.7, "of matmul": 0.1946,
+           "peak GB": 60.04, "first step s": None}  # fmt: skip
+    where = {"device": "a card", "versions": "torch 9", "date": "2027-01-02", "bf16 matrix product": "790 TFLOP/s"}
+    (tmp_path / "gpu_large.json").write_text(json.dumps({**where, "rows": [row]}))
+    lines = tables.markdown(tables.TABLES["gpu-step"], tmp_path).splitlines()
+    empty = tables.markdown(tables.TABLES["gpu-step"], tmp_path / "nothing").splitlines()
+    (filled,) = (i for i, line in enumerate(lines) if line.startswith("|") and line != empty[i])
+    assert [cell.strip() for cell in lines[filled].split("|")] == ["", "", name, "1,234", "1.00", "154", "19%", "",
+                                                                  "60.0", ""]  # fmt: skip
+    above = [line for line in lines[:filled] if line.startswith("| `")]
+    assert above[-1].startswith("| `mae_vit_large_patch16`, 256 | ours, compiled |")
+    (note,) = (line for line in lines if "a card" in line)
+    assert "mae_vit_large_patch16" in note and note.endswith(
+        "2027-01-02, a card, torch 9; a bf16 matrix product 790 TFLOP/s"
+    )
+    assert sum(line.endswith("not measured") for line in lines) == len(tables.TABLES["gpu-step"].runs) - 1
+
+
+@pytest.mark.parametrize("name", tables.RUNS)
+def test_a_run_s_command_is_one_and_gives_the_rows_that_are_shown(name):
+    """Parsed, not run: what is measured on a GPU must not fail there for want of an option."""
+    run_ = tables.RUNS[name]
+    args = {"throughput": throughput, "dataloader": dataloader}[run_.module].get_args(shlex.split(run_.options))
+    if run_.module == "throughput":
+        (model,) = args.models
+        rows = throughput.PRETRAINING if model in models_mae.MODELS else throughput.FINETUNING
+        unmeasured = {*args.skip, *(["ours, CUDA graphs"] if name.startswith("cpu") else [])}
+        assert run_.rows == tuple(row for row in rows if row not in unmeasured)
+    else:
+        assert ("ours + step" in run_.rows) == bool(args.model)
+        assert ("ours, GPU" in run_.rows) == (name.startswith("gpu") and args.recipe == "pretrain")
