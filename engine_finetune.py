@@ -11,8 +11,9 @@ from torch import nn
 from util import rng
 from util.dist import Dist, share_buffers, sum_over_ranks
 from util.loader import DeviceLoader
-from util.log import Part, Progress, RunLog, Throughput, log
+from util.log import RunLog, log
 from util.lr_sched import Schedule, adjust_learning_rate
+from util.progress import Part, Progress, Throughput
 from util.saving import Saver
 from util.step import Step
 

@@ -5,8 +5,9 @@ from torch import nn
 from util import rng
 from util.dist import Dist
 from util.loader import DeviceLoader
-from util.log import Part, Progress, RunLog, Throughput
+from util.log import RunLog
 from util.lr_sched import Schedule, adjust_learning_rate
+from util.progress import Part, Progress, Throughput
 from util.saving import Saver
 from util.step import Step
 

@@ -22,9 +22,9 @@ from models_vit import vit_tiny_patch4
 from util import rng
 from util.datasets import Images
 from util.dist import Dist, _launched_by_mpirun, _launched_by_srun, init_distributed, mean_over_ranks, shutdown, wrap
-from util.errors import UserError
+from util.errors import NonFiniteLossError, UserError
 from util.loader import eval_loader
-from util.log import NonFiniteLossError, RunLog
+from util.log import RunLog
 from util.lr_sched import Schedule
 from util.step import Step
 from util.transforms import eval_transform

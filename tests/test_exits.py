@@ -10,8 +10,8 @@ from helpers import ROOT  # noqa: F401
 
 from util import exits, slurm
 from util.dist import Dist, on_main
-from util.errors import NotSavedError, UserError
-from util.log import NonFiniteLossError, setup_logging
+from util.errors import NonFiniteLossError, NotSavedError, UserError
+from util.log import setup_logging
 from util.signals import Stopped
 
 ENV = Dist(torch.device("cpu"))

@@ -9,7 +9,7 @@ import models_mae
 import models_vit
 from util import flops
 from util.dist import Dist
-from util.log import Throughput
+from util.progress import Throughput
 
 
 def counted_macs(run):

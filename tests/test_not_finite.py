@@ -12,8 +12,8 @@ import engine_pretrain
 import main_pretrain
 from util import exits
 from util.dist import shutdown
+from util.errors import NonFiniteLossError
 from util.lars import LARS
-from util.log import NonFiniteLossError
 from util.resume import checkpoints
 from util.step import Step
 from util.strikes import IN_A_ROW, WINDOW, Strikes

@@ -30,12 +30,13 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.crop import RandomResizedCrop
 from util.dist import Dist
-from util.errors import UserError
+from util.errors import NonFiniteLossError, UserError
 from util.lars import LARS
-from util.log import NonFiniteLossError, Progress, RunLog
+from util.log import RunLog
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import Schedule, adjust_learning_rate, scaled_lr
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
+from util.progress import Progress
 from util.step import Step, autocast_dtype
 
 CPU = Dist(torch.device("cpu"))

@@ -21,9 +21,10 @@ import main_pretrain
 from util import checkpoint, datasets, saving
 from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
-from util.errors import NotSavedError, UserError
+from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.loader import explain
-from util.log import NonFiniteLossError, Part, RunLog
+from util.log import RunLog
+from util.progress import Part
 from util.resume import Start, checkpoints, newest, refuse_second_run, resume
 from util.rng import image_order
 from util.saving import Saver, save

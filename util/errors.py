@@ -16,3 +16,7 @@ class UserError(ValueError):
 
 class NotSavedError(OSError):
     """The end of a run could not be saved. Scripts print the message without a traceback and exit with 1."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the message names the steps between which it happened."""

@@ -10,9 +10,9 @@ from typing import NoReturn
 import torch.distributed
 
 from util.dist import shutdown
-from util.errors import NotSavedError, UserError
+from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.loader import explain
-from util.log import NonFiniteLossError, log
+from util.log import log
 from util.signals import Stopped
 
 EXIT_FAILED = 1

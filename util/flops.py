@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from util.dist import Dist
-from util.log import Throughput
+from util.progress import Throughput
 
 # dense bf16/fp16 matrix rate in TFLOP/s by the vendors' datasheets; the first whose words the device's name contains
 PEAK_TFLOPS = {

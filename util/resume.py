@@ -11,7 +11,8 @@ from torch import nn
 from util import checkpoint, contents
 from util.dist import Dist, on_main
 from util.errors import UserError
-from util.log import Part, log
+from util.log import log
+from util.progress import Part
 
 # options that may differ between a checkpoint and the run that continues it without a warning: they change no weight,
 # or (the first three) only as a product, which is compared

@@ -18,8 +18,9 @@ from torch import nn
 
 from util import checkpoint, resume
 from util.dist import Dist, on_main, sum_over_ranks
-from util.errors import NotSavedError, UserError
-from util.log import NonFiniteLossError, Part, Progress, log
+from util.errors import NonFiniteLossError, NotSavedError, UserError
+from util.log import log
+from util.progress import Part, Progress
 from util.signals import Signals, Stopped
 from util.step import Step
 from util.strikes import Strikes

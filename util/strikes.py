@@ -4,7 +4,8 @@ import itertools
 import math
 from collections.abc import Callable
 
-from util.log import NonFiniteLossError, log
+from util.errors import NonFiniteLossError
+from util.log import log
 
 WINDOW = 1000  # optimizer steps within which a second strike counts
 IN_A_ROW = 20  # optimizer steps without a good one among them, after which going on makes no sense
