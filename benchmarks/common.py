@@ -38,6 +38,8 @@ def measure_in_turn(rivals: dict[str, Callable[[], float]], rounds: int) -> dict
                 print(f"{name}: left out ({str(error).splitlines()[0]})", file=sys.stderr)
                 failed.add(name)
                 figures[name].clear()
+                if leave := getattr(run, "leave", None):  # its memory is the others' now
+                    leave()
                 continue
             if i > 0:
                 figures[name].append(figure)
@@ -86,6 +88,7 @@ def report(rows: list[dict], where: dict[str, str], path: Path | None) -> None:
         columns = zip(line, widths, is_text, strict=True)
         print("  ".join(cell.ljust(width) if text else cell.rjust(width) for cell, width, text in columns))
     if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
         print(f"\nwritten to {path}")
 

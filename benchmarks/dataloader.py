@@ -10,7 +10,8 @@ augmentation (or --recipe finetune) to 224 pixels, by
   decode alone  the limit: the same files decoded by torchvision, and nothing else
 in the same number of processes; then
   ours + step, synthetic + step   a pretraining step of --model, fed by our loader and by one batch on the device.
-Figures are images/s, medians over rounds that take the rows in turn; a measurement is one pass over the images.
+Figures are images/s, medians over rounds that take the rows in turn. A measurement is one pass over the images, without
+each process's first batch: an epoch waits for these once, whatever its length. Take 10 batches a process or more.
 """
 
 import argparse
@@ -48,25 +49,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_path or write_photographs(Path(folder), args.images)
         loaders = make_loaders(args.recipe, root, args.batch_size, args.num_workers, device)
-        rivals = {name: functools.partial(one_pass, *loader) for name, loader in loaders.items()}
+        measure = functools.partial(one_pass, args.num_workers)
+        rivals = {name: functools.partial(measure, *loader) for name, loader in loaders.items()}
         if args.model:
             step = pretraining_step(args.model, device)
             loader, set_epoch = loaders["ours"]
-            rivals["ours + step"] = functools.partial(one_pass, loader, set_epoch, step)
+            rivals["ours + step"] = functools.partial(measure, loader, set_epoch, step)
             synthetic = Synthetic(len(loader), args.batch_size, device)
-            rivals["synthetic + step"] = functools.partial(one_pass, synthetic, None, step)
+            rivals["synthetic + step"] = functools.partial(measure, synthetic, None, step)
         figures = common.measure_in_turn(rivals, args.rounds)
     rates = {name: common.median(values) for name, values in figures.items()}
-    rows = [
-        {
-            "loader": name,
-            "images/s": rate,
-            "x plain": None if name.endswith("step") else rate / rates["plain"],
-            "share of the limit": rate / rates["synthetic + step" if name.endswith("step") else "decode alone"],
-        }
-        for name, rate in rates.items()
-        if rate
-    ]
+    rows = []
+    for name, rate in rates.items():
+        plain, limit = (None, "synthetic + step") if name.endswith("step") else (rates["plain"], "decode alone")
+        share = rate and rates[limit] and rate / rates[limit]
+        rows.append({"loader": name, "images/s": rate, "x plain": rate and plain and rate / plain,
+                     "share of the limit": share})  # fmt: skip
     common.report(rows, {**common.machine(device), "loader processes": str(args.num_workers)}, args.json)
 
 
@@ -160,24 +158,37 @@ passes = 0
 
 
 def one_pass(
-    loader: Iterable, set_epoch: Callable[[int], None] | None, step: Callable[[torch.Tensor], None] | None = None
-) -> float:
-    """Images/s of one pass over `loader`, each batch on the device and, where given, through `step`."""
+    n_first: int, loader: Iterable, set_epoch: Callable[[int], None] | None,
+    step: Callable[[torch.Tensor], None] | None = None,
+) -> float:  # fmt: skip
+    """Images/s of one pass over `loader` after its `n_first` batches, each on the device and, if given, through `step`.
+
+    Raises ValueError where there are no more batches.
+    """
     global passes
     passes += 1
     if set_epoch:
         set_epoch(passes)  # each pass draws other crops
     n_images, start = 0, time.perf_counter()
-    for batch in loader:
+    for i, batch in enumerate(loader):
         imgs = batch[0] if isinstance(batch, list | tuple) else batch
         if imgs.dtype == torch.float32 and torch.cuda.is_available():
             imgs = imgs.cuda(non_blocking=True)  # of the plain recipe; others are there
         if step:
             step(imgs)
         n_images += len(imgs)
+        if i + 1 == n_first:
+            _wait()
+            n_images, start = 0, time.perf_counter()
+    _wait()
+    if not n_images or i < n_first:
+        raise ValueError(f"{i + 1} batches are too few for {n_first} loader processes: raise --images")
+    return n_images / (time.perf_counter() - start)
+
+
+def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return n_images / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

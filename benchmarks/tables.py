@@ -43,7 +43,6 @@ class Run:
 
     def measure(self, path: Path) -> None:
         """Run the command, which writes its figures to `path`. Raises CalledProcessError where it fails."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         variables = dict(pair.split("=") for pair in self.variables.split())
         command = [sys.executable, "-m", f"benchmarks.{self.module}", *shlex.split(self.options), "--json", str(path)]
         subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=True)
@@ -82,7 +81,7 @@ _CPU_STEPS = {
 }
 _LOADERS = ("plain", "timm", "ours, uint8", "ours", "decode alone")
 _STEPS = ("ours + step", "synthetic + step")
-_ON_GPU = "--images 8192 --batch_size 128 --num_workers 16"
+_ON_GPU = "--images 20480 --batch_size 128 --num_workers 16 --rounds 3"
 _GPU_LOADERS = {
     "gpu_loader": Run("pretraining", (*_LOADERS[:4], "ours, GPU", _LOADERS[4], *_STEPS), "dataloader",
                       f"{_ON_GPU} --model mae_vit_large_patch16"),

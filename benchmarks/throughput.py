@@ -77,19 +77,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def measure(name: str, args: argparse.Namespace, device: torch.device, matmul_tflops: float) -> list[dict]:
     """One row for each rival of one model."""
     builders = PRETRAINING if name in models_mae.MODELS else FINETUNING
-    imgs = torch.randn(args.batch_size, 3, 224, 224, device=device)
+    macs, size = forward_macs(name)
+    imgs = torch.randn(args.batch_size, 3, *size, device=device)
     contenders = {
         key: Contender(functools.partial(build, name, device), imgs, args.steps)
         for key, build in builders.items()
         if key not in args.skip and (device.type == "cuda" or key != "ours, CUDA graphs")
     }
     groups = [{key: contender} for key, contender in contenders.items()] if args.one_by_one else [contenders]
-    figures = {}
+    figures: dict[str, list[float]] = {}
     for group in groups:
         figures |= common.measure_in_turn(group, args.rounds)
         for contender in group.values():
             contender.leave()
-    flops_per_image = 6 * forward_macs(name)
+    flops_per_image = 6 * macs
     rows = []
     for key, rates in figures.items():
         rate = common.median(rates)
@@ -144,27 +145,29 @@ class Contender:
         return time.perf_counter() - start
 
 
-def forward_macs(name: str) -> float:
-    """Multiply-adds of a forward pass, per image, at mask ratio 0.75."""
+def forward_macs(name: str) -> tuple[float, tuple[int, int]]:
+    """(Multiply-adds of a forward pass, per image, at mask ratio 0.75; the model's image size in pixels)."""
     if name in models_vit.MODELS:
-        return flops.classifier_macs(models_vit.MODELS[name]())
+        model = models_vit.MODELS[name]()
+        return flops.classifier_macs(model), model.patch_embed.img_size
     mae = models_mae.MODELS[name]()
-    return sum(flops.pretrain_macs(mae, models_mae.kept_patches(mae.patch_embed.num_patches, 0.75)))
+    n_kept = models_mae.kept_patches(mae.patch_embed.num_patches, 0.75)
+    return sum(flops.pretrain_macs(mae, n_kept)), mae.patch_embed.img_size
 
 
 def matmul_rate(side: int, device: torch.device) -> float:
-    """TFLOP/s of a bf16 product of two square matrices: the median of ten, each of several products on CUDA."""
+    """TFLOP/s of a bf16 product of two square matrices: the median over the second half of two seconds or more."""
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     products = 20 if device.type == "cuda" else 1  # so that waiting for the device costs nothing
-    seconds = []
-    for _ in range(13):
+    seconds, begin = [], time.perf_counter()
+    while len(seconds) < 20 or time.perf_counter() - begin < 2:  # a device that was idle is at other clocks
         start = time.perf_counter()
         for _ in range(products):
             a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return 2 * side**3 * products / common.median(seconds[3:]) / 1e12
+    return 2 * side**3 * products / common.median(seconds[len(seconds) // 2 :]) / 1e12
 
 
 if __name__ == "__main__":

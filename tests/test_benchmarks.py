@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 
 import pytest
 import torch
@@ -33,7 +34,10 @@ def test_rivals_take_turns_and_a_failing_one_has_no_figure(capsys):
     def fails():
         raise RuntimeError("out of memory\nlong text")
 
+    left = []
+    fails.leave = lambda: left.append("c")  # what it held is freed
     figures = common.measure_in_turn({"a": rival("a", [99, 3, 1, 2]), "b": rival("b", [0, 5, 5, 8]), "c": fails}, 3)
+    assert left == ["c"]
     assert calls == ["a", "b"] * 4  # one round of warm-up
     assert figures == {"a": [3, 1, 2], "b": [5, 5, 8], "c": []}
     assert common.median(figures["a"]) == 2 and common.median(figures["c"]) is None
@@ -42,27 +46,41 @@ def test_rivals_take_turns_and_a_failing_one_has_no_figure(capsys):
 
 @pytest.mark.parametrize(("name", "gmacs"), [("mae_vit_base_patch16", 9.78), ("vit_large_patch16", 61.55)])
 def test_arithmetic_is_that_of_the_documents(name, gmacs):
-    assert abs(throughput.forward_macs(name) / 1e9 - gmacs) < 0.01
+    macs, size = throughput.forward_macs(name)
+    assert abs(macs / 1e9 - gmacs) < 0.01 and size == (224, 224)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("one_by_one", [(), ("--one_by_one",)], ids=["in turn", "one by one"])
 def test_throughput_prints_a_table_and_writes_json(tmp_path, one_by_one):
-    out = tmp_path / "figures.json"
-    options = ("--models", "mae_vit_tiny_patch16", "vit_tiny_patch16", "--batch_size", 2, "--steps", 1, "--rounds", 1)
+    out = tmp_path / "results" / "figures.json"
+    options = ("--models", "mae_vit_tiny_patch4", "vit_tiny_patch16", "--batch_size", 2, "--steps", 1, "--rounds", 1)
     skip = [name for name in throughput.PRETRAINING if name not in ("ours, eager", "as the original trains")]
     done = run("benchmarks/throughput.py", *options, *one_by_one, "--skip", *skip, "--matmul", 64, "--json", out)
     written = json.loads(out.read_text())
     rows = written["rows"]
     assert [(row["model"], row["step"]) for row in rows] == [
         (model, step)
-        for model in ("mae_vit_tiny_patch16", "vit_tiny_patch16")
+        for model in ("mae_vit_tiny_patch4", "vit_tiny_patch16")
         for step in ("ours, eager", "as the original trains")
     ]
     assert all(row["images/s"] > 0 and row["TFLOP/s"] > 0 for row in rows)
     assert rows[1]["x original"] == 1 and abs(rows[0]["x original"] - rows[0]["images/s"] / rows[1]["images/s"]) < 1e-9
     assert "python -m benchmarks.throughput --models" in written["command"] and "torch" in written["versions"]
     assert sum("as the original trains" in line for line in done.stdout.splitlines()) >= 2
+
+
+def test_the_first_batch_of_each_loader_process_is_not_timed():
+    """2 batches of 4 come late, 3 at once."""
+
+    def batches():
+        for i in range(5):
+            time.sleep(0.2 if i < 2 else 0.01)
+            yield torch.zeros(4, 3, 2, 2)
+
+    assert 12 / 0.2 < dataloader.one_pass(2, batches(), None) <= 12 / 0.03
+    with pytest.raises(ValueError, match="5 batches are too few for 5 loader processes: raise --images"):
+        dataloader.one_pass(5, batches(), None)
 
 
 @pytest.mark.slow
