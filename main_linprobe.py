@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     dtype = autocast_dtype(args.amp, env.device)
-    speed.set_backends(dtype)
+    speed.choose_kernels(model, dtype, env.device)
     if args.eval:
         checkpoint.resume_for_eval(args.resume, model)
         evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)

@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     dtype = autocast_dtype(args.amp, env.device)
-    speed.set_backends(dtype)
+    speed.choose_kernels(model, dtype, env.device)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
     n_kept = models_mae.kept_patches(model.patch_embed.num_patches, args.mask_ratio)
     macs = sum(flops.pretrain_macs(model, n_kept))

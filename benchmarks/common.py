@@ -59,11 +59,14 @@ def machine(device: torch.device) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{torch.get_num_threads()} threads of {_cpu_name()}"
+    words = sys.argv[1:]
+    if "--json" in words:  # where the figures go says nothing of them
+        del words[words.index("--json") : words.index("--json") + 2]
     return {
         "device": name,
         "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, "
         f"Python {platform.python_version()}",
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -48,7 +48,7 @@ def pretraining_step(name: str, device: torch.device, compile_: str = "auto") ->
 
 def _pretraining_step(model: nn.Module, device: torch.device) -> TrainStep:
     dtype = autocast_dtype("auto", device)
-    speed.set_backends(dtype)
+    speed.choose_kernels(model, dtype, device)
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
     step = Step(model, optimizer, device, dtype)
 
@@ -69,7 +69,7 @@ def finetuning_step(name: str, device: torch.device, compile_: str = "auto") -> 
     model = models_vit.MODELS[name](num_classes=1000, drop_path_rate=0.1, global_pool=True).to(device)
     speed.prepare(model, compile_, False, device)
     dtype = autocast_dtype("auto", device)
-    speed.set_backends(dtype)
+    speed.choose_kernels(model, dtype, device)
     groups = param_groups_lrd(model, 0.05, model.no_weight_decay(), 0.75)
     step = Step(model, torch.optim.AdamW(groups, lr=1e-4, fused=True), device, dtype)
 

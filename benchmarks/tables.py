@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.attention import SHAPES
 from benchmarks.throughput import FINETUNING, PRETRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,14 @@ _CPU_STEPS = {
     "cpu_base": _step("mae_vit_base_patch16", 8, "--steps 1", (_GRAPHS,)),
     "cpu_finetune_base": _step("vit_base_patch16", 4, "--steps 1"),
 }
+_CPU_ATTENTION = {
+    "cpu_attention": Run(
+        "forward and backward",
+        tuple(f"{name}, {dtype}" for name in SHAPES for dtype in ("float32", "bfloat16")),
+        "attention",
+        "",
+    )
+}
 _LOADERS = ("plain", "timm", "ours, uint8", "ours", "decode alone")
 _STEPS = ("ours + step", "synthetic + step")
 _ON_GPU = "--images 20480 --batch_size 128 --num_workers 16 --rounds 3"
@@ -103,12 +112,18 @@ _STEP_COLUMNS = {
     "of matmul": ("of matmul", _share),
     "first step, s": ("first step s", "{:.1f}".format),
 }
+_ATTENTION_COLUMNS = {
+    "fused, ms": ("fused ms", "{:.1f}".format),
+    "plain, ms": ("plain ms", "{:.1f}".format),
+    "fused / plain": ("fused / plain", _ratio),
+}
 _LOADER_COLUMNS = {"images/s": ("images/s", _rate), "x plain": ("x plain", _ratio),
                    "of the limit": ("share of the limit", _share)}  # fmt: skip
 TABLES = {
     "gpu-step": Table(_GPU_STEPS, "step", _STEP_COLUMNS | {"peak GB": ("peak GB", "{:.1f}".format)}),
     "gpu-loader": Table(_GPU_LOADERS, "loader", _LOADER_COLUMNS),
     "cpu-step": Table(_CPU_STEPS, "step", _STEP_COLUMNS),
+    "cpu-attention": Table(_CPU_ATTENTION, "attention", _ATTENTION_COLUMNS),
     "cpu-loader": Table(_CPU_LOADERS, "loader", _LOADER_COLUMNS),
 }
 RUNS = {name: run for table in TABLES.values() for name, run in table.runs.items()}

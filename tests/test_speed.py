@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from timm.layers import DropPath
+from timm.models.vision_transformer import Block
 from torch import nn
 
 import engine_pretrain
@@ -81,6 +82,35 @@ def test_blocks_share_code_whatever_their_stochastic_depth(depth, compilations):
     with torch.no_grad():
         model(torch.randn(2, 3, 16, 16))
     assert len(compilations) <= 4  # code for evaluation
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "fused"),
+    [
+        ("cpu", torch.bfloat16, False),
+        ("cpu", None, True),
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+    ],
+)
+def test_attention_is_the_faster_one_for_device_and_precision(device, dtype, fused):
+    for model in (models_mae.mae_vit_tiny_patch4(), models_vit.vit_tiny_patch4()):
+        speed.choose_kernels(model, dtype, torch.device(device))
+        chosen = [block.attn.fused_attn for block in model.modules() if isinstance(block, Block)]
+        assert len(chosen) >= 4 and set(chosen) == {fused}
+
+
+def test_attention_written_out_gives_the_fused_one_s_loss_and_gradients():
+    results = []
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        model = models_mae.mae_vit_tiny_patch4()
+        speed.choose_kernels(model, dtype, torch.device("cpu"))
+        loss = model(torch.randn(2, 3, 32, 32), 0.75, torch.rand(2, 64), loss_only=True)  # in float32, both
+        loss.backward()
+        results.append([loss, *(param.grad for param in model.parameters() if param.grad is not None)])
+    torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_shared_drop_path_is_timm_s():

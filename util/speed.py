@@ -1,19 +1,26 @@
 """What makes a step fast without changing its mathematics: matmul settings, compilation, gradient checkpointing."""
 
 import torch
-from timm.layers import DropPath
+from timm.layers import Attention, DropPath, use_fused_attn
 from timm.models.vision_transformer import Block
 from torch import nn
 
 from util.log import log
 
 
-def set_backends(dtype: torch.dtype | None) -> None:
-    """Let the float32 products that autocast leaves use TF32 where a lower precision was chosen anyway.
+def choose_kernels(model: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Fast kernels for computing in `dtype` (None: float32) on `device`.
 
-    cuDNN's timing of algorithms stays off: it would choose differently from run to run, and resuming be inexact.
+    Where a lower precision was chosen, the float32 products that autocast leaves may use TF32. Attention is fused, but
+    in bf16 on a CPU: there torch's fused kernel takes 1.3 to 9 times as long as two products and a softmax, forward and
+    backward (in float32 it takes half as long; python -m benchmarks.attention). cuDNN's timing of algorithms stays off:
+    it would choose differently from run to run, and resuming be inexact.
     """
     torch.set_float32_matmul_precision("highest" if dtype is None else "high")
+    fused = not (device.type == "cpu" and dtype is torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = fused and use_fused_attn()
 
 
 def prepare(model: nn.Module, compile_: str, grad_checkpointing: bool, device: torch.device) -> None:
