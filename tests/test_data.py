@@ -1,6 +1,9 @@
 """Images: listing, broken files, order and loaders."""
 
+import gc
+import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,16 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from util.datasets import Images, TrainSampler, classification_files, list_classes, list_images, report_bad
+from util import dist
+from util.datasets import (
+    Images,
+    PackedFiles,
+    TrainSampler,
+    classification_files,
+    list_classes,
+    list_images,
+    report_bad,
+)
 from util.dist import Dist
 from util.errors import UserError
 from util.loader import available_workers, eval_loader, normalise, train_loader
@@ -295,6 +307,52 @@ def test_workers_are_capped_at_the_process_s_share_of_the_cores(asked, per_node,
         assert available_workers(asked, env(world_size=16, per_node=per_node)) == given
     assert len(lines) == (asked != given)
     assert all(f"--num_workers {asked}" in line and f" {given}:" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("told", "cores"), [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("", 4)]
+)
+def test_a_container_s_quota_counts_as_cores(told, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(dist, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert dist.available_cores() == 4  # no such file
+    (tmp_path / "cpu.max").write_text(told)
+    assert dist.available_cores() == cores
+
+
+def test_packed_files_are_the_list_they_were_made_of():
+    files = [
+        (os.fsdecode(name), label) for label, name in enumerate([b"/a/x.png", b"b", "/ü/日本.jpg".encode(), b"/\xff"])
+    ]
+    packed = PackedFiles(files)
+    assert list(packed) == files and packed[-1] == files[-1] and len(packed) == 4
+    assert list(PackedFiles([])) == []
+    with pytest.raises(IndexError):
+        packed[4]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
+def test_a_forked_worker_shares_the_list_of_files():
+    """Looking at 300,000 of them takes little memory of its own; as a list of tuples 60 MB."""
+    images = Images([(f"/data/imagenet/train/n01440764/n01440764_{i}.JPEG", i) for i in range(300_000)], as_it_is)
+
+    def own_megabytes() -> float:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1000
+
+    def look(answer) -> None:
+        gc.freeze()
+        before = own_megabytes()
+        for i in range(len(images)):
+            images.name(i)
+        answer.put(own_megabytes() - before)
+
+    context = multiprocessing.get_context("fork")
+    answer = context.SimpleQueue()
+    worker = context.Process(target=look, args=(answer,))
+    worker.start()
+    assert answer.get() < 15
+    worker.join()
 
 
 def test_evaluation_draws_nothing(six):

@@ -1,18 +1,23 @@
 """How scripts end: exit codes, and last words that are in train.log too and are said once."""
 
 import argparse
+import contextlib
 import logging
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT  # noqa: F401
+from helpers import torchrun, write_image
+from torch.utils.data import DataLoader
 
 from util import exits, slurm
-from util.dist import Dist, on_main
+from util.datasets import Images, list_images
+from util.dist import Dist, init_distributed, on_main
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.log import setup_logging
-from util.signals import Stopped
+from util.signals import CAUGHT, Stopped
 
 ENV = Dist(torch.device("cpu"))
 KILLED = "DataLoader worker (pid 4) is killed by signal: Killed. "
@@ -59,7 +64,35 @@ def test_error_that_nobody_expected_leaves_its_traceback_in_train_log(train_log)
     assert "Traceback" in train_log() and "ZeroDivisionError: division by zero" in train_log()
 
 
-def test_signal_ends_with_its_own_code(train_log):
+def test_error_of_an_augmentation_keeps_its_traceback(train_log, tmp_path):
+    """What a loader worker raises is no worker that died."""
+
+    def broken(_):
+        raise IndexError("no such crop")
+
+    write_image(tmp_path / "0.png", 0)
+    loader = DataLoader(Images(list_images(tmp_path), broken), num_workers=1)
+    with pytest.raises(IndexError, match="no such crop"):
+        exits.run(lambda args: next(iter(loader)), argparse.Namespace())
+    assert "in broken" in train_log() and "memory" not in train_log()
+
+
+@pytest.fixture
+def signals():
+    """Their handlers are as before after the test."""
+    before = {number: signal.getsignal(number) for number in CAUGHT}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signal_that_comes_on_the_way_out_changes_no_exit_code(signals):
+    """srun sends SIGTERM to all tasks once one of them has left."""
+    assert ending(Stopped({10}, saved=True)) == 75
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_signal_ends_with_its_own_code(train_log, signals):
     assert ending(Stopped({15}, saved=True)) == 75 and "SIGTERM" in train_log()
     assert ending(Stopped({15}, saved=False)) == 1
 
@@ -93,6 +126,22 @@ def test_error_of_one_rank_is_told_with_its_rank(monkeypatch, capsys):
     assert capsys.readouterr().err == "[rank 3] error: cannot decode 3.png\n"
 
 
+def meet_bad_input() -> None:
+    """Two processes: both meet the same error, then one of them alone another."""
+    env = init_distributed("cpu")
+    for message in ("both see this", f"rank {env.rank} alone sees this"):
+        with contextlib.suppress(SystemExit):
+            exits.fail(UserError(message))
+
+
+def test_what_all_ranks_meet_by_themselves_is_told_once():
+    done = torchrun(__file__)
+    said = [line for line in done.stderr.splitlines() if "sees this" in line or "see this" in line]
+    assert sorted(said) == [
+        "[rank 1] error: rank 1 alone sees this", "error: both see this", "error: rank 0 alone sees this"
+    ]  # fmt: skip
+
+
 def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):
     import submitit
 
@@ -106,3 +155,7 @@ def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         job()
     assert left.value.code == 2 and capsys.readouterr().err == "error: lower --batch_size\n"
+
+
+if __name__ == "__main__":
+    meet_bad_input()

@@ -1,5 +1,7 @@
 """Start and end of the process group. The only reader of launcher variables (torchrun, srun, mpirun)."""
 
+import hashlib
+import math
 import os
 import re
 import subprocess
@@ -8,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ import torch.distributed
 from torch import nn
 
 from util.errors import UserError
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of all cores together, in a period of so many
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,13 @@ def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> torch.distri
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, by its affinity and by its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(min(cores, math.ceil(int(quota) / int(period))), 1)
+    except (OSError, ValueError):  # no such file, or no quota: "max"
+        return cores
 
 
 def shutdown() -> None:
@@ -210,6 +220,25 @@ def on_main(env: Dist, action: Callable[[], Any]) -> Any:
             error.rank_0_tells = not env.is_main
         raise error
     return result
+
+
+def is_said_by_rank_0(message: str) -> bool:
+    """On rank 0 False, with a note for the others that it says `message`; on these whether it does, within 3 seconds.
+
+    For what ranks meet by themselves, bad input for one: many say the same, but any may be the only one.
+    """
+    if not torch.distributed.is_initialized():
+        return False
+    key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if torch.distributed.get_rank() == 0:
+            store.set(key, "")
+            return False
+        store.wait([key], timedelta(seconds=3))
+    except Exception:  # nobody says so, or the store is gone
+        return False
+    return True
 
 
 def gather_on_all(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import NoReturn
 
 import torch.distributed
 
-from util.dist import shutdown
+from util.dist import is_said_by_rank_0, shutdown
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.loader import explain
 from util.log import log
@@ -37,6 +38,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         _last_words(str(error))
         sys.exit(EXIT_FAILED)
     except Stopped as stopped:
+        # srun tells the others to leave as soon as one has: that must not change the exit codes of those on their way
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         log.info(str(stopped))
         shutdown()
         sys.exit(stopped.exit_code)
@@ -50,7 +53,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
 def fail(error: UserError) -> NoReturn:
     """Leave with the message alone and exit code 2; of an error that all ranks raise, rank 0 alone speaks."""
-    _last_words(error.message, error.rank_0_tells)
+    _last_words(error.message, error.rank_0_tells or is_said_by_rank_0(error.message))
     sys.exit(EXIT_BAD_INPUT)
 
 

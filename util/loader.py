@@ -88,7 +88,7 @@ def explain(error: Exception) -> str | None:
     text = str(error).split("\n")[0].strip()
     if "DataLoader timed out" in text:
         return f"no image came ({text}): the disk stalls; mend it, or raise --loader_timeout"
-    if "DataLoader worker" in text:
+    if "DataLoader worker (pid" in text:  # "Caught IndexError in DataLoader worker process 0" is an error like others
         return f"a loader worker died ({text}): most often memory ran out; lower --num_workers or --batch_size"
     return None
 
