@@ -17,7 +17,7 @@ from util.errors import UserError
 from util.log import RunLog, log, setup_logging
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import Schedule, scaled_lr
-from util.resume import refuse_second_run
+from util.resume import refuse_second_run, will_resume
 from util.saving import Saver
 from util.step import Step, autocast_dtype
 from util.transforms import eval_transform, finetune_transform
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
         datasets.report_bad(val_set)
         shutdown()
         return
-    if args.finetune:
+    if args.finetune and not will_resume(env, args):
         # a small head starts from near-uniform predictions, so the first steps don't shake the backbone
         trunc_normal_(model.head.weight, std=2e-5)
         checkpoint.load_pretrained(args.finetune, model)
@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
 
     # training
     record.append(env, args)
-    with Saver(env, args, model, optimizer, step.scaler) as saver:
+    with Saver(env, args, model, optimizer, step.scaler, n_images=len(train_set)) as saver:
         start = saver.resume()
         run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)
         if start.epoch >= args.epochs:

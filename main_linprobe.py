@@ -12,7 +12,7 @@ from util.dist import init_distributed, shutdown, wrap
 from util.lars import LARS
 from util.log import RunLog, log, setup_logging
 from util.lr_sched import Schedule, scaled_lr
-from util.resume import refuse_second_run
+from util.resume import refuse_second_run, will_resume
 from util.saving import Saver
 from util.step import Step, autocast_dtype
 from util.transforms import eval_transform, linprobe_transform
@@ -62,12 +62,13 @@ def main(args: argparse.Namespace) -> None:
     model = models_vit.MODELS[args.model](
         img_size=args.input_size, num_classes=args.nb_classes, global_pool=args.global_pool
     )
-    if args.finetune and not args.eval:
+    if args.finetune and not args.eval and not will_resume(env, args):
         checkpoint.load_pretrained(args.finetune, model)
     trunc_normal_(model.head.weight, std=0.01)  # as MoCo v3's probe; a head in the checkpoint is not used
     nn.init.zeros_(model.head.bias)
     # features of a pretrained encoder differ in scale: normalise them without affine parameters (paper, appendix A.1)
-    model.head = nn.Sequential(nn.BatchNorm1d(model.head.in_features, affine=False, eps=1e-6), model.head)
+    norm = nn.BatchNorm1d(model.head.in_features, affine=False, eps=models_vit.PROBE_EPS)
+    model.head = nn.Sequential(norm, model.head)
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     dtype = autocast_dtype(args.amp, env.device)
@@ -99,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
 
     # training
     record.append(env, args)
-    with Saver(env, args, model, optimizer, step.scaler) as saver:
+    with Saver(env, args, model, optimizer, step.scaler, n_images=len(train_set)) as saver:
         start = saver.resume()
         run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)
         if start.epoch >= args.epochs:

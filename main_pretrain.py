@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
 
     # training
     record.append(env, args)
-    with Saver(env, args, model, optimizer, step.scaler, milestones=20) as saver:
+    with Saver(env, args, model, optimizer, step.scaler, milestones=20, n_images=len(dataset)) as saver:
         start = saver.resume()
         run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)
         if start.epoch >= args.epochs:

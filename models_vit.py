@@ -12,6 +12,8 @@ from torch import nn
 
 from util.errors import UserError
 
+PROBE_EPS = 1e-6  # of the BatchNorm in front of a linear probe's head
+
 
 def check_divisible(img_size: int | tuple[int, int], patch_size: int) -> None:
     """Raise UserError, naming sizes that work, unless `patch_size` divides each side of `img_size` (both in pixels)."""

@@ -18,6 +18,7 @@ from test_scripts import CLASSIFY, FINETUNE, LINPROBE, PRETRAIN, images, log_txt
 from torch import nn
 
 import main_pretrain
+import models_vit
 from util import checkpoint, datasets, saving
 from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
@@ -56,13 +57,13 @@ def scaler(scale: float = 1.0) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=scale)
 
 
-def saver(folder: Path | str, env: Dist = ENV, milestones: int | None = None, **more) -> Saver:
+def saver(folder: Path | str, env: Dist = ENV, milestones: int | None = None, n_images=None, **more) -> Saver:
     model = nn.Linear(3, 2)
-    return Saver(env, options(folder, **more), model, trained(model), scaler(8.0), milestones)
+    return Saver(env, options(folder, **more), model, trained(model), scaler(8.0), milestones, n_images)
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def empty(folder: Path, *files: str) -> None:
@@ -243,6 +244,29 @@ def test_end_of_the_run_is_tried_until_it_is_saved_or_refused(tmp_path, monkeypa
     tries[:] = []
     monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0,))
     with pytest.raises(NotSavedError, match="could not be saved"), saver(tmp_path) as one:
+        one.after_epoch(5)
+
+
+def test_best_is_known_where_only_another_try_could_save_it(tmp_path, monkeypatch):
+    write, fails = saving.save, [True]
+    monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0,))
+    with saver(tmp_path) as one:
+        one.after_epoch(0, accuracy=50.0)
+        monkeypatch.setattr(saving, "save", lambda *of: 1 / 0 if fails and fails.pop() else write(*of))
+        one.after_epoch(5, accuracy=90.0)
+    assert os.readlink(tmp_path / "checkpoint-best.pth") == "checkpoint-5.pth"
+    assert load(tmp_path / "checkpoint-5.pth")["best"] == (90.0, 5)
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+@pytest.mark.parametrize("error", [MemoryError, ValueError, OSError])
+def test_whatever_ends_a_write_the_run_knows(mode, error, tmp_path, monkeypatch):
+    def fail(path, state):
+        raise error("no luck")
+
+    monkeypatch.setattr(saving, "save", fail)
+    monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", ())
+    with pytest.raises(NotSavedError), saver(tmp_path, async_save=mode) as one:
         one.after_epoch(5)
 
 
@@ -507,6 +531,39 @@ def test_resuming_released_weights_loads_the_model_and_starts_at_0(tmp_path):
     assert_same(dict(other.state_dict()), dict(model.state_dict()))
 
 
+def test_start_epoch_holds_where_the_file_tells_none(tmp_path):
+    assert resumed(tmp_path, resume=written(tmp_path / "b.pth", nn.Linear(3, 2)), start_epoch=2) == Start(2)
+
+
+def test_best_of_another_folder_is_not_this_run_s(tmp_path):
+    (tmp_path / "old").mkdir()
+    saver(tmp_path / "old").after_epoch(1, accuracy=50.0)
+    path = str(tmp_path / "old" / "checkpoint-1.pth")
+    assert resumed(tmp_path, resume=path) == Start(2, Part(), 50.0, None)
+    assert resumed(tmp_path / "old", resume=path).best == (50.0, 1)
+
+
+def test_other_numbers_of_training_images_are_named(tmp_path):
+    saver(tmp_path, n_images=24).after_epoch(0)
+    for n_images, named in ((24, False), (12, True), (None, False)):
+        model = nn.Linear(3, 2)
+        with project_log() as lines:
+            resume(ENV, options(tmp_path, resume="auto"), model, trained(model), scaler(), n_images)
+        assert any("12 training images, so another order (was 24)" in line for line in lines) == named
+
+
+def test_weights_to_start_from_need_not_be_there_when_a_run_goes_on(images, tmp_path):  # noqa: F811
+    for name, args in (("finetune", FINETUNE), ("linprobe", LINPROBE)):
+        start = (*args, "--data_path", images, "--finetune", tmp_path / "b.pth")
+        torch.save({"model": models_vit.vit_tiny_patch4(num_classes=3).state_dict()}, tmp_path / "b.pth")
+        train(name, tmp_path / name, *start, "--global_pool" if name == "finetune" else "--cls_token", "--epochs", 1)
+        (tmp_path / "b.pth").unlink()
+        said = train(name, tmp_path / name, *start, "--epochs", 2, "--resume", "auto")
+        assert "loaded pretrained" in said and "goes on at epoch 1" in said
+        with pytest.raises(UserError, match="no checkpoint"):
+            train(name, tmp_path / "fresh", *start, "--epochs", 1, "--resume", "auto")
+
+
 def test_auto_takes_the_newest_or_starts_afresh(tmp_path):
     assert resumed(tmp_path, resume="auto", start_epoch=3) == Start(3)
     assert resumed("", resume="auto") == Start(0)
@@ -656,6 +713,7 @@ def test_errors_of_loader_workers_are_told_from_others():
     assert "lower --num_workers" in explain(killed)
     assert "--loader_timeout" in explain(RuntimeError("DataLoader timed out after 3 seconds"))
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert explain(IndexError("Caught IndexError in DataLoader worker process 0.\nOriginal Traceback ...")) is None
 
 
 # a run that is stopped within an epoch, by the script's own way

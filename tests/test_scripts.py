@@ -89,8 +89,8 @@ def probed(images, pretrained, tmp_path_factory):
 def test_pretraining_saves_every_20_epochs_and_the_last(pretrained):
     assert checkpoints(pretrained.folder) == ["checkpoint-0.pth", "checkpoint-2.pth"]
     state = load(pretrained.last)
-    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "world_size"}
-    assert state["epoch"] == 2 and state["args"]["mask_ratio"] == 0.75
+    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "world_size", "n_images"}
+    assert state["epoch"] == 2 and state["n_images"] == 24 and state["args"]["mask_ratio"] == 0.75
 
 
 def test_pretraining_writes_a_json_line_an_epoch(pretrained):
@@ -379,6 +379,7 @@ def test_tensorboard_may_be_elsewhere_or_nowhere(images, tmp_path):
     assert set(curves(tmp_path / "board")) == {"train_loss", "lr", "grad_norm", "images_per_second"}
     train("pretrain", None, *args, "--log_dir", "", "--resume", "auto")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".lock",
         "checkpoint-0.pth",
         "log.txt",
         "runs.jsonl",

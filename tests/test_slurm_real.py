@@ -227,6 +227,29 @@ def test_srun_alone_starts_one_run_of_two_processes(undisturbed):
     assert (undisturbed / f"checkpoint-{EPOCHS - 1}.pth").exists()
 
 
+def test_batch_script_learns_that_all_is_saved(slurm, images, tmp_path):
+    """RELIABILITY.md's: the first task that leaves makes srun send SIGTERM to the others, which changes nothing."""
+    options = ("--data_path", images, *RUN, "--epochs", 4000, "--output_dir", tmp_path, "--log_dir", tmp_path)
+    run = " ".join(map(str, (sys.executable, "main_pretrain.py", *options, "--resume", "auto")))
+    script = tmp_path / "job.sh"
+    script.write_text(
+        f"#!/bin/bash\n#SBATCH --ntasks=3 --output={tmp_path}/said --chdir={ROOT}\n"
+        f"srun --kill-on-bad-exit=1 {run}\necho $? > {tmp_path}/code\n"
+    )
+    job_id = slurm.run("sbatch", "--parsable", script).strip()
+    wait_until((tmp_path / "checkpoint-2.pth").exists)
+    slurm.run("scancel", "--signal=USR1", job_id)
+    wait_until(lambda: (tmp_path / "code").exists() and (tmp_path / "code").read_text())
+    assert (tmp_path / "code").read_text() == "75\n", (tmp_path / "said").read_text()[-3000:]
+
+
+def wait_until(condition, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.1)
+
+
 def test_requeued_job_ends_as_the_undisturbed_run(slurm, images, undisturbed, tmp_path):
     job_id, folder = submit(slurm, images, tmp_path, minutes=60)
     slurm.run("scontrol", "requeue", job_id)

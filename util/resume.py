@@ -96,12 +96,12 @@ def refuse_second_run(env: Dist, output_dir: str, resume: str) -> None:
 
 def resume(
     env: Dist, args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    scaler: torch.amp.GradScaler, n_images: int | None = None,
 ) -> Start:  # fmt: skip
     """Load what --resume says into model, optimizer and scaler; return where to start.
 
-    A file without optimizer (released weights) gives the model alone, and a start at epoch 0. Raises UserError naming
-    what does not fit the model.
+    A file without optimizer (released weights) gives the model alone, and a start at --start_epoch. `n_images`: of the
+    training set, compared with the file's. Raises UserError naming what does not fit the model.
     """
     path = args.resume
     if path == "auto":
@@ -116,14 +116,21 @@ def resume(
     checkpoint.load_strictly(model, state["model"], path)
     if not has_training_state(state):
         log.info(f"resumed {path}")
-        return Start()
+        return Start(args.start_epoch)
     load_training_state(path, state, optimizer, scaler)
-    start = _start(state, saved_args, args, env)
+    start = _start(path, state, saved_args, args, env)
     log.info(f"resumed {path}: goes on at epoch {start.epoch}, batch {start.part.iteration}")
     if saved_args:
-        _name_differences(path, state, saved_args, args, env)
+        _name_differences(path, state, saved_args, args, env, n_images)
     _warn_of_newer(path, args.output_dir)
     return start
+
+
+def will_resume(env: Dist, args: argparse.Namespace) -> bool:
+    """Whether `resume` is to load all weights, so that those to start from need not be there any more."""
+    if args.resume != "auto":
+        return bool(args.resume)
+    return on_main(env, lambda: bool(args.output_dir and checkpoints(args.output_dir)))
 
 
 def _check_size(path: str | Path, saved: dict, args: argparse.Namespace) -> None:
@@ -165,8 +172,10 @@ def load_training_state(
         scaler.load_state_dict(state["scaler"])
 
 
-def _start(state: dict, saved: dict, args: argparse.Namespace, env: Dist) -> Start:
+def _start(path: str | Path, state: dict, saved: dict, args: argparse.Namespace, env: Dist) -> Start:
     reached = {name: state[name] for name in ("max_accuracy", "best") if name in state}
+    if not args.output_dir or Path(path).resolve().parent != Path(args.output_dir).resolve():
+        reached.pop("best", None)  # that file lies elsewhere
     if not state.get("iteration"):
         return Start(state["epoch"] + 1, **reached)
     # whole optimizer steps are done; here they may be cut into batches differently
@@ -179,8 +188,10 @@ def _start(state: dict, saved: dict, args: argparse.Namespace, env: Dist) -> Sta
     return Start(state["epoch"], Part(iteration, sums, counts), **reached)
 
 
-def _name_differences(path: str | Path, state: dict, saved: dict, args: argparse.Namespace, env: Dist) -> None:
-    """Warn of options that change the mathematics and differ from the file's."""
+def _name_differences(
+    path: str | Path, state: dict, saved: dict, args: argparse.Namespace, env: Dist, n_images: int | None
+) -> None:
+    """Warn of what changes the mathematics and differs from the file's: options, effective batch, training images."""
     ours = vars(args)
     differing = [
         f"--{name} {ours[name]} (was {saved[name]})"
@@ -192,6 +203,8 @@ def _name_differences(path: str | Path, state: dict, saved: dict, args: argparse
         effective_batch = args.batch_size * args.accum_iter * env.world_size
         if effective_batch != theirs:
             differing.append(f"effective batch {effective_batch} (was {theirs})")
+    if n_images != state.get("n_images", n_images):
+        differing.append(f"{n_images} training images, so another order (was {state['n_images']})")
     if differing:
         log.warning(f"this run differs from the one that wrote {path}: {', '.join(differing)}")
 

@@ -1,8 +1,9 @@
 """Saving a run: whole files, off the training thread, often enough, few enough; and leaving at a signal.
 
 `checkpoint-{epoch}.pth` is the state at the end of an epoch, `partial-{epoch}-{batches}.pth` at a point within one. A
-file is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict) and `world_size`; within an epoch also
-`iteration` (batches done) and `progress` (the sums of its means so far); in classifiers `max_accuracy` and `best`.
+file is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict), `world_size` and `n_images`; within an
+epoch also `iteration` (batches done) and `progress` (the sums of its means so far); in classifiers `max_accuracy` and
+`best`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch import nn
 from util import checkpoint, resume
 from util.dist import Dist, on_main, sum_over_ranks
 from util.errors import NonFiniteLossError, NotSavedError, UserError
+from util.lock import take
 from util.log import log
 from util.progress import Part, Progress
 from util.signals import Signals, Stopped
@@ -72,14 +74,15 @@ class Saver:
     """Saves into --output_dir, if it is not empty, what a run needs to go on; on rank 0, but all ranks call it alike.
 
     Inside its `with`, signals are noted, and obeyed after an optimizer step. A save that fails stops no training: it is
-    an error in the log, tried again at the next occasion. `milestones`: epochs between those that --keep_last keeps.
+    an error in the log, tried again at the next occasion. `milestones`: epochs between those that --keep_last keeps;
+    `n_images`: training images, which a run that resumes is to have too. One run at a time has the folder.
     """
 
     def __init__(
         self, env: Dist, args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler, milestones: int | None = None,
+        scaler: torch.amp.GradScaler, milestones: int | None = None, n_images: int | None = None,
     ) -> None:  # fmt: skip
-        self.env, self.args, self.milestones = env, args, milestones
+        self.env, self.args, self.milestones, self.n_images = env, args, milestones, n_images
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.folder = Path(args.output_dir) if env.is_main and args.output_dir else None
         self.asynchronous = args.async_save == "on" or (args.async_save == "auto" and env.device.type == "cuda")
@@ -90,14 +93,19 @@ class Saver:
         self.step: Step | None = None
         self.saved_at = time.monotonic()
         self.failed = False  # the last save is still owed
+        self.accuracy: float | None = None  # of the epoch that was saved last
         self._patience = args.dist_timeout * 30  # seconds; half of what other ranks wait
         self.writing: threading.Thread | None = None
         self.copies: dict[tuple, torch.Tensor] = {}
+        self.lock = None
         if args.output_dir:
             on_main(env, self._check_folder)
 
     def _check_folder(self) -> None:
-        """Clear what a killed process left half-written; raise UserError where not even one checkpoint fits."""
+        """Clear what a killed process left half-written; raise UserError where another run is at work, or not even one
+        checkpoint fits.
+        """
+        self.lock = take(self.folder / ".lock", min(120, self._patience))
         for kind in ("checkpoint-*.tmp", "partial-*.tmp"):
             for path in self.folder.glob(kind):
                 path.unlink()
@@ -126,10 +134,12 @@ class Saver:
             self._finish(error)
         finally:
             self.signals.__exit__()
+            if self.lock is not None:
+                self.lock.close()
 
     def resume(self) -> resume.Start:
         """Load what --resume says; return where to start."""
-        start = resume.resume(self.env, self.args, self.model, self.optimizer, self.scaler)
+        start = resume.resume(self.env, self.args, self.model, self.optimizer, self.scaler, self.n_images)
         self.max_accuracy, self.best = start.max_accuracy, start.best
         return start
 
@@ -184,13 +194,15 @@ class Saver:
             "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
             "world_size": self.env.world_size,
         }
+        if self.n_images is not None:
+            state["n_images"] = self.n_images
         best = self.best  # known now: the save before this one has ended
         if accuracy is not None and (best is None or accuracy > best[0]):
             best = (accuracy, epoch)
         if self.max_accuracy or best:
             state |= {"max_accuracy": self.max_accuracy, "best": best}
         state |= more
-        path, self.failed = self.folder / name, False
+        path, self.failed, self.accuracy = self.folder / name, False, accuracy
         if self.asynchronous:
             state = self._copy(state)
             if self.env.device.type == "cuda":
@@ -219,7 +231,7 @@ class Saver:
         try:
             save(path, state)
             megabytes, self.best = path.stat().st_size / 1e6, state.get("best")
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, a thread's end must not go unnoticed
             self.failed = True
             # torch's writer turns a full disk into an error of its own
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -292,7 +304,7 @@ class Saver:
         for seconds in LAST_TRIES_SECONDS:
             log.error(f"the last checkpoint is not saved: trying again in {seconds} s")
             time.sleep(seconds)
-            self._save(f"checkpoint-{self.epoch}.pth", self.epoch)
+            self._save(f"checkpoint-{self.epoch}.pth", self.epoch, self.accuracy)
             if not self.failed:
                 return
         raise NotSavedError(f"the end of the run could not be saved in {self.folder}: see the errors above")
