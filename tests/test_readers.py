@@ -297,6 +297,12 @@ def test_a_dataset_that_cannot_be_opened_is_an_error_that_says_why(name, split, 
         pretraining_images(shards, name, split, eval_transform(8), env(), 0, skip_bad=False)
 
 
+def test_more_processes_than_shards_are_refused_before_training(shards):
+    labelled_images(shards, "wds/mine", ("train", "val"), (None, eval_transform(8)), 3, env(0, 5), True, 0, False)
+    with pytest.raises(UserError, match="^--dist_eval needs a shard for each of 6 processes, but there are 5"):
+        labelled_images(shards, "wds/mine", ("train", "val"), (None, eval_transform(8)), 3, env(0, 6), True, 0, False)
+
+
 def test_a_label_without_a_class_is_an_error(shards):
     _, val = labelled_images(shards, "wds/mine", ("train", "val"), (None, eval_transform(8)), 2, env(), False, 0, False)
     with pytest.raises(UserError, match="an image has label 2, but --nb_classes is 2"):

@@ -57,7 +57,10 @@ class Stream:
     ) -> None:  # fmt: skip
         self.open_reader, self.transform, self.seed, self.training = open_reader, transform, seed, training
         self.nb_classes, self.rank, self.world_size = nb_classes, rank, world_size
-        self.n_images = open_reader(seed).num_samples or 0
+        reader = open_reader(seed)
+        self.n_images = reader.num_samples or 0
+        if not training:
+            _keep_own_share(reader, rank, world_size)  # or say now that there is none
 
     def __len__(self) -> int:
         """Images over all processes, as the dataset itself says; 0 where it does not."""
@@ -71,7 +74,7 @@ class Stream:
         reader.dist_rank, reader.dist_num_replicas = self.rank, self.world_size
         reader.worker_seed = rng.stream_generator(self.seed, epoch).initial_seed()  # loader workers have their own
         if not self.training:
-            _keep_own_share(reader)
+            _keep_own_share(reader, self.rank, self.world_size)
         reader.set_epoch(epoch)
         for count, (image, label) in enumerate(reader):
             check_label(label, self.nb_classes)
@@ -140,6 +143,8 @@ def _open(
                 raise ValueError("it does not tell its number of images")
             return stream
         reader = ReaderImageInTar(_tar_root(root, split)) if kind == "tar" else create_reader(name, root, split=split)
+    except UserError:
+        raise
     except Exception as error:  # each library raises what it likes
         raise UserError(
             f"--dataset {name} (--data_path {root}, split {split!r}) cannot be opened: {type(error).__name__}: {error}"
@@ -149,16 +154,21 @@ def _open(
     return ReaderImages(reader, nb_classes, transform, seed, skip_bad)
 
 
-def _keep_own_share(reader: Reader) -> None:
+def _keep_own_share(reader: Reader, rank: int, world_size: int) -> None:
     """Leave to a reader, in evaluation, nothing but its process's share.
 
     By themselves WebDataset's and TensorFlow's make the processes' shares equally long, so some images would count
-    twice; alone in the world, they do not.
+    twice; alone in the world, they do not. Raises UserError where WebDataset's shards are fewer than processes.
     """
-    rank, world_size = reader.dist_rank, reader.dist_num_replicas
     kind = type(reader).__name__  # their modules need packages that are optional here
     if kind == "ReaderWds":
-        reader.split_info.filenames = reader.split_info.filenames[rank::world_size]
+        shards = reader.split_info.filenames
+        if len(shards) < world_size:
+            raise UserError(
+                f"--dist_eval needs a shard for each of {world_size} processes, but there are {len(shards)} to "
+                "validate on: write smaller shards, or leave --dist_eval out"
+            )
+        reader.split_info.filenames = shards[rank::world_size]
     elif kind == "ReaderTfds":
         import tensorflow_datasets as tfds
 
