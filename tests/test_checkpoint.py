@@ -224,6 +224,24 @@ def test_unknown_key_is_refused_by_name(tmp_path):
         load_pretrained(str(tmp_path / "mae.pth"), vit(img_size=16, global_pool=True))
 
 
+def test_what_a_file_holds_is_told_of_the_file(tmp_path):
+    """Not of the mixture that would be loaded, with this model's own head."""
+    encoder = {name: value for name, value in mae(img_size=16, embed_dim=32).state_dict().items()
+               if "decoder" not in name and name != "mask_token"}  # fmt: skip
+    torch.save({"model": encoder}, tmp_path / "mae.pth")
+    with pytest.raises(UserError, match="holds an encoder alone"):
+        load_pretrained(str(tmp_path / "mae.pth"), vit(img_size=16, global_pool=True))
+
+
+def test_other_patches_are_refused_as_such(tmp_path):
+    """16 patches of 4 pixels fit no grid of 8 pixels, but that is not what is wrong."""
+    source = mae(img_size=16, patch_size=4)
+    torch.save({"model": source.state_dict(), "args": {"input_size": 16}}, tmp_path / "mae.pth")
+    model = vit(img_size=16, patch_size=8, global_pool=True)
+    with pytest.raises(UserError, match=r"patch_embed.proj.weight \(\d+, 3, 4, 4\), here .*--model"):
+        load_pretrained(str(tmp_path / "mae.pth"), model)
+
+
 def test_other_width_is_refused_with_both_shapes(tmp_path):
     source = mae(img_size=16, embed_dim=32)
     for size in (16, 32):  # with and without interpolation

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
 import models_mae
 import models_vit
-from tests.helpers import assert_same
+from tests.helpers import assert_same, load
 from util import build
 from util.checkpoint import load_pretrained
 from util.errors import UserError
@@ -175,6 +176,20 @@ def test_what_is_there_stays_there(tmp_path):
     with pytest.raises(UserError, match="mine.onnx exists.*--output"):
         export(source, "onnx", output=tmp_path / "mine.onnx")
     assert (tmp_path / "mine.onnx").read_text() == "mine"
+
+
+def test_a_linear_probe_opens_as_a_classifier(tmp_path):
+    """Its normalisation goes into the weights of the head, in evaluation the same."""
+    path, probe = saved(tmp_path, "vit_tiny_patch4", num_classes=5, global_pool=False)
+    norm = nn.BatchNorm1d(64, affine=False, eps=1e-6)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(1e-6, 2)  # so small that eps counts
+    probe.head = nn.Sequential(norm, probe.head).eval()
+    torch.save({**load(path), "model": probe.state_dict()}, path)
+    images, _ = batch(probe)
+    torch.testing.assert_close(build.open_model(path)(images), probe(images), atol=1e-3, rtol=1e-5)
+    _, line = export(path, "timm", output=tmp_path / "probe.safetensors")
+    torch.testing.assert_close(by_line(line, "model").eval()(images), probe(images), atol=1e-3, rtol=1e-5)
 
 
 def test_timm_gets_no_decoder(tmp_path):

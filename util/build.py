@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import models_mae
@@ -99,11 +100,23 @@ def open_named(
         else:
             checkpoint.load_full_mae(place, network, state)
         return name, network.eval()
+    weights = _with_plain_head(weights)
     head = weights.get("head.weight")
     classes = 0 if head is None else len(head)
     network = models_vit.MODELS[name](num_classes=classes, global_pool="fc_norm.weight" in weights, **options)
     checkpoint.load_strictly(network, weights, source)
     return name, network.eval()
+
+
+def _with_plain_head(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A linear probe's weights -> those of a classifier that computes the same in evaluation; others as they are."""
+    probe = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
+    if not all(name in weights for name in probe):
+        return weights
+    mean, var, weight, bias = (weights[name] for name in probe)
+    weight = weight / (var + models_vit.PROBE_EPS).sqrt()
+    head = {"head.weight": weight, "head.bias": bias - weight @ mean}
+    return {name: value for name, value in weights.items() if not name.startswith("head.")} | head
 
 
 def is_decoder(key: str) -> bool:

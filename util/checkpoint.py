@@ -60,8 +60,13 @@ def load_full_mae(path_or_url: str | Path, model: nn.Module, state: dict | None 
     load_strictly(model, state_dict, path_or_url)
 
 
-def load_strictly(model: nn.Module, state_dict: dict[str, torch.Tensor], name: str | Path) -> None:
-    """Load a state dict that fits the model exactly. Raises UserError naming what does not."""
+def load_strictly(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], name: str | Path, whole: dict | None = None
+) -> None:
+    """Load a state dict that fits the model exactly. Raises UserError naming what does not.
+
+    `whole`: the state dict of the file `name`, where it is another.
+    """
     own = model.state_dict()
     missing, foreign = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     other_shape = [
@@ -74,9 +79,9 @@ def load_strictly(model: nn.Module, state_dict: dict[str, torch.Tensor], name: s
         if is_masked_autoencoder(state_dict) and not is_masked_autoencoder(own):
             hint = "To start a classifier from a masked autoencoder, give it as --finetune"
         raise UserError(
-            f"{name} holds {describe(state_dict)}; it does not fit the model, which is {describe(own)}: {len(missing)} "
-            f"keys missing {missing[:5]}, {len(foreign)} unknown {foreign[:5]}, {len(other_shape)} of another shape "
-            f"{sorted(other_shape)[:5]}. {hint}"
+            f"{name} holds {describe(whole or state_dict)}; it does not fit the model, which is {describe(own)}: "
+            f"{len(missing)} keys missing {missing[:5]}, {len(foreign)} unknown {foreign[:5]}, {len(other_shape)} of "
+            f"another shape {sorted(other_shape)[:5]}. {hint}"
         )
     model.load_state_dict(state_dict)
 
@@ -112,7 +117,8 @@ def load_pretrained(path_or_url: str, model: nn.Module) -> None:
     except RuntimeError as error:
         raise UserError(f"the positions of {path_or_url} have another width than --model: {error}") from error
     may_be_missing = {name for name in own if name.startswith(("head.", "fc_norm."))}
-    load_strictly(model, {**{name: own[name] for name in may_be_missing}, **state_dict}, path_or_url)
+    start = {**{name: own[name] for name in may_be_missing}, **state_dict}
+    load_strictly(model, start, path_or_url, whole=state["model"])
     new = sorted(may_be_missing - state_dict.keys())
     log.info(f"loaded pretrained weights from {path_or_url}" + (f"; new: {', '.join(new)}" if new else ""))
 
@@ -123,5 +129,7 @@ def _trained_grid(state: dict, model: nn.Module) -> tuple[int, int] | None:
     if not size:
         return None
     height, width = (size, size) if isinstance(size, int) else size
-    patch = model.patch_embed.patch_size[0]
+    # by the file's own patches: where they are others than the model's, that is what does not fit
+    shape = tuple(getattr(state["model"].get("patch_embed.proj.weight"), "shape", ()))
+    patch = shape[3] if len(shape) == 4 and shape[3] else model.patch_embed.patch_size[0]
     return height // patch, width // patch
