@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import write_image_folder
+from helpers import project_log, write_image_folder
 from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -280,6 +280,13 @@ def test_schedule_works_without_warm_up():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=9.0)
     rates = [adjust_learning_rate(optimizer, e, Schedule(1.0, 0.0, 0, 2)) for e in (0, 1, 2)]
     assert rates == pytest.approx([1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(("warmup_epochs", "said"), [(40, True), (2, True), (1, False), (0, False)])
+def test_a_warm_up_as_long_as_the_training_is_named(warmup_epochs, said):
+    with project_log() as lines:
+        Schedule(1.0, 0.0, warmup_epochs, 2)
+    assert [f"--warmup_epochs {warmup_epochs} is not below --epochs 2" in line for line in lines] == [True] * said
 
 
 def test_scaled_lr_follows_the_batch_unless_an_absolute_rate_is_given():

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from util.log import log
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -14,6 +16,13 @@ class Schedule:
     min_lr: float
     warmup_epochs: float
     epochs: float
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs >= self.epochs:
+            log.info(
+                f"--warmup_epochs {self.warmup_epochs:g} is not below --epochs {self.epochs:g}: the learning rate "
+                "rises to the end, and may never reach its full value; a short run wants a short warm-up"
+            )
 
 
 def scaled_lr(lr: float | None, blr: float, effective_batch: int) -> float:
