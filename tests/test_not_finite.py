@@ -13,8 +13,8 @@ import main_pretrain
 from util import exits
 from util.dist import shutdown
 from util.errors import NonFiniteLossError
+from util.files import checkpoints
 from util.lars import LARS
-from util.resume import checkpoints
 from util.step import Step
 from util.strikes import IN_A_ROW, WINDOW, Strikes
 

@@ -23,12 +23,13 @@ from util import checkpoint, datasets, saving
 from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
 from util.errors import NonFiniteLossError, NotSavedError, UserError
+from util.files import checkpoints, save
 from util.loader import explain
 from util.log import RunLog
 from util.progress import Part
-from util.resume import Start, checkpoints, newest, refuse_second_run, resume
+from util.resume import Start, newest, refuse_second_run, resume
 from util.rng import image_order
-from util.saving import Saver, save
+from util.saving import Saver
 from util.signals import Stopped
 from util.step import Step
 from util.transforms import eval_transform

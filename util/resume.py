@@ -1,7 +1,6 @@
 """Where a run goes on: its checkpoints in a folder, the newest valid one, and what of it fits the run that goes on."""
 
 import argparse
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import nn
 from util import checkpoint, contents
 from util.dist import Dist, on_main
 from util.errors import UserError
+from util.files import checkpoints
 from util.log import log
 from util.progress import Part
 
@@ -36,20 +36,6 @@ class Start:
     def part_of(self, epoch: int) -> Part:
         """What of `epoch` is done already: nothing, but of the one that was interrupted."""
         return self.part if epoch == self.epoch else Part()
-
-
-def checkpoints(folder: str | Path) -> dict[tuple[int, int], Path]:
-    """Folder -> its checkpoints, oldest first, by where a run goes on from them: (epoch, batches of it that are done).
-
-    `checkpoint-{epoch}.pth` is the end of an epoch, `partial-{epoch}-{batches}.pth` a point within one.
-    """
-    found = {}
-    for path in Path(folder).glob("*.pth"):
-        if match := re.fullmatch(r"checkpoint-(\d+)\.pth", path.name):
-            found[int(match[1]) + 1, 0] = path
-        elif match := re.fullmatch(r"partial-(\d+)-(\d+)\.pth", path.name):
-            found[int(match[1]), int(match[2])] = path
-    return dict(sorted(found.items()))
 
 
 def newest(output_dir: str | Path) -> Path | None:

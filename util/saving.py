@@ -8,7 +8,6 @@ epoch also `iteration` (batches done) and `progress` (the sums of its means so f
 
 import argparse
 import contextlib
-import os
 import shutil
 import threading
 import time
@@ -17,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import checkpoint, resume
+from util import checkpoint, files, resume
 from util.dist import Dist, on_main, sum_over_ranks
 from util.errors import NonFiniteLossError, NotSavedError, UserError
+from util.files import save
 from util.lock import take
 from util.log import log
 from util.progress import Part, Progress
@@ -27,36 +27,7 @@ from util.signals import Signals, Stopped
 from util.step import Step
 from util.strikes import Strikes
 
-BEST = "checkpoint-best.pth"
-KEPT_ANYWAY = 2  # the newest files, of whatever kind: should one be damaged, there is another
 LAST_TRIES_SECONDS = (1, 5, 20, 60)  # pauses before the state is given up that no later save would bring
-
-
-def save(path: Path, state: dict) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
-
-    Its folder must be there: where a mount has vanished, making it would fill the disk below.
-    """
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """The new name, too, must survive a power cut; systems that cannot do this have no such call."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def check_finite(model: nn.Module, epoch: int) -> None:
@@ -118,7 +89,9 @@ class Saver:
                 "make room or name another folder"
             )
         n_files = min(-(-self.args.epochs // self.args.save_every), self.args.keep_last or self.args.epochs)
-        n_files += KEPT_ANYWAY + (self.args.epochs // self.milestones if self.milestones and self.args.keep_last else 0)
+        n_files += files.KEPT_ANYWAY
+        if self.milestones and self.args.keep_last:
+            n_files += self.args.epochs // self.milestones
         if n_files * size > free:
             log.warning(
                 f"{self.folder} has {free / 1e9:.1f} GB free; {n_files} checkpoints, which may come together, take "
@@ -238,31 +211,15 @@ class Saver:
             log.error(f"{path} COULD NOT BE SAVED ({reason}); training goes on, the next save will try again")
             return
         log.debug(f"saved {path}: {megabytes:.1f} MB in {time.monotonic() - start:.2f} s")
-        for what, tidy in ((BEST, self._link_best), ("old files", self._prune)):  # not all file systems have links
+        tidy = {
+            files.BEST: lambda: files.link_best(path, self.best),  # not all file systems have links
+            "old files": lambda: files.prune(path, self.args.keep_last, self.milestones, self.best),
+        }
+        for what, action in tidy.items():
             try:
-                tidy(path)
+                action()
             except OSError as error:
                 log.warning(f"{self.folder}: {what} cannot be brought up to date ({error})")
-
-    def _link_best(self, newest: Path) -> None:
-        if self.best and newest.name == f"checkpoint-{self.best[1]}.pth":
-            link = self.folder / f"{BEST}.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(newest.name)
-            link.replace(self.folder / BEST)
-
-    def _prune(self, newest: Path) -> None:
-        """Remove what --keep_last no longer keeps, and partial files that newer ones replace; never what is newer."""
-        paths = list(resume.checkpoints(self.folder).values())
-        paths = paths[: paths.index(newest) + 1]
-        epochs = {path: int(path.stem.split("-")[1]) for path in paths if path.name.startswith("checkpoint-")}
-        kept = set(paths[-KEPT_ANYWAY:]) | set(list(epochs)[-(self.args.keep_last or len(paths)) :])
-        for path, epoch in epochs.items():
-            milestone = self.milestones and epoch % self.milestones == 0
-            if milestone or (self.best and epoch == self.best[1]):
-                kept.add(path)
-        for path in set(paths) - kept:
-            path.unlink()
 
     def _roll_back(self) -> bool:
         """Load the newest checkpoint into model, optimizer and scaler, on all ranks; False where there is none."""

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from util import cli, exits, resume
+from util import cli, exits
 from util.errors import UserError
+from util.files import checkpoints
 from util.log import log
 from util.signals import Stopped
 
@@ -37,7 +38,7 @@ class Job:
         args = argparse.Namespace(**vars(args))
         args.output_dir = args.log_dir = str(folder)
         # a job that SLURM requeued, after preemption, time limit or a node's failure, finds what it has saved
-        if not getattr(args, "eval", False) and (resume.checkpoints(folder) or not args.resume):
+        if not getattr(args, "eval", False) and (checkpoints(folder) or not args.resume):
             args.resume = "auto"
         warnings = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}  # submitit's
         try:
