@@ -28,7 +28,7 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-benchmarks: .venv/installed  ## measure what this machine can, fill the tables of BENCHMARKS.md; on a GPU half an hour
+benchmarks: .venv/installed  ## measure what this machine can, and fill the tables of BENCHMARKS.md
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m pytest tests/test_speed.py tests/test_gpu_decode.py
 

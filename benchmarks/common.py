@@ -38,8 +38,8 @@ def measure_in_turn(rivals: dict[str, Callable[[], float]], rounds: int) -> dict
                 print(f"{name}: left out ({str(error).splitlines()[0]})", file=sys.stderr)
                 failed.add(name)
                 figures[name].clear()
-                if leave := getattr(run, "leave", None):  # its memory is the others' now
-                    leave()
+            if name in failed:  # and not where the error still holds what it had
+                getattr(run, "leave", lambda: None)()
                 continue
             if i > 0:
                 figures[name].append(figure)

@@ -169,7 +169,7 @@ def one_pass(
     passes += 1
     if set_epoch:
         set_epoch(passes)  # each pass draws other crops
-    n_images, start = 0, time.perf_counter()
+    n_images, start, i = 0, time.perf_counter(), -1
     for i, batch in enumerate(loader):
         imgs = batch[0] if isinstance(batch, list | tuple) else batch
         if imgs.dtype == torch.float32 and torch.cuda.is_available():

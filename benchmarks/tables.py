@@ -42,9 +42,11 @@ class Run:
         """As typed in a shell."""
         return f"{self.variables} python -m benchmarks.{self.module} {self.options}".strip()
 
-    def measure(self, path: Path) -> None:
+    def measure(self, path: Path, on_cpu: bool) -> None:
         """Run the command, which writes its figures to `path`. Raises CalledProcessError where it fails."""
         variables = dict(pair.split("=") for pair in self.variables.split())
+        if on_cpu:
+            variables["CUDA_VISIBLE_DEVICES"] = ""
         command = [sys.executable, "-m", f"benchmarks.{self.module}", *shlex.split(self.options), "--json", str(path)]
         subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=True)
 
@@ -129,7 +131,7 @@ TABLES = {
 RUNS = {name: run for table in TABLES.values() for name, run in table.runs.items()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure what is asked for, then fill the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -137,16 +139,18 @@ def main() -> None:
     add("--fill", action="store_true", help="measure nothing, fill the tables from the files (default: off)")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results",
         help="folder of the files (default: benchmarks/results)")  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := set(args.runs) - RUNS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: no such run; see --help")
     kind = "gpu" if torch.cuda.is_available() else "cpu"
     runs = args.runs or [name for name in RUNS if name.startswith(kind)]
+    if kind == "cpu" and any(name.startswith("gpu") for name in runs):
+        parser.error("there is no CUDA GPU for the runs that begin with gpu_")
     failed = []
     for name in [] if args.fill else runs:
         print(f"\n{name}: {RUNS[name].command}", flush=True)
         try:
-            RUNS[name].measure(args.results / f"{name}.json")
+            RUNS[name].measure(args.results / f"{name}.json", on_cpu=name.startswith("cpu"))
         except subprocess.CalledProcessError:
             failed.append(name)
     document = ROOT / "BENCHMARKS.md"
@@ -172,6 +176,8 @@ def markdown(table: Table, results: Path) -> str:
     for name, run in table.runs.items():
         path = results / f"{name}.json"
         measured = json.loads(path.read_text()) if path.exists() else {"rows": []}
+        if shlex.split(measured.get("command", "")) != shlex.split(run.command.removeprefix(run.variables)):
+            measured = {"rows": []}  # figures of another command
         rows = {row[table.key]: row for row in measured["rows"]}
         for i, row in enumerate(run.rows):
             figures = [(rows.get(row, {}).get(key), write) for key, write in table.columns.values()]

@@ -90,6 +90,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device, matmul_tf
         figures |= common.measure_in_turn(group, args.rounds)
         for contender in group.values():
             contender.leave()
+        torch._dynamo.reset()  # compiled code of the group
     flops_per_image = 6 * macs
     rows = []
     for key, rates in figures.items():
@@ -129,9 +130,8 @@ class Contender:
         return self.n_steps * len(self.imgs) / seconds
 
     def leave(self) -> None:
-        """Free what the step holds, compiled code included."""
+        """Free what the step holds."""
         self.step = None
-        torch._dynamo.reset()
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()

@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from util.files import checkpoints
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
@@ -26,6 +24,7 @@ from helpers import ON_CPU, assert_same, load, write_image_folder
 
 import main_pretrain
 from util import exits
+from util.files import checkpoints
 
 OPTIONS = (
     "--model", "mae_vit_tiny_patch4", "--input_size", 16, "--batch_size", 1, "--accum_iter", 2, "--epochs", 2,

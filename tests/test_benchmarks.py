@@ -1,8 +1,10 @@
 """The benchmarks run, compare the same mathematics, and report what they measured."""
 
+import functools
 import json
 import shlex
 import time
+import weakref
 
 import pytest
 import torch
@@ -75,10 +77,10 @@ def test_the_first_batch_of_each_loader_process_is_not_timed():
 
     def batches():
         for i in range(5):
-            time.sleep(0.2 if i < 2 else 0.01)
+            time.sleep(0.5 if i < 2 else 0.01)
             yield torch.zeros(4, 3, 2, 2)
 
-    assert 12 / 0.2 < dataloader.one_pass(2, batches(), None) <= 12 / 0.03
+    assert 12 / 0.5 < dataloader.one_pass(2, batches(), None) <= 12 / 0.03  # with the first two at most 20 / 1.03
     with pytest.raises(ValueError, match="5 batches are too few for 5 loader processes: raise --images"):
         dataloader.one_pass(5, batches(), None)
 
@@ -107,12 +109,63 @@ def test_the_document_s_tables_are_those_of_the_committed_figures():
     assert tables.fill(text, ROOT / "benchmarks" / "results") == text
 
 
+def test_rivals_go_one_by_one_where_asked_and_free_their_memory(monkeypatch):
+    events, held = [], []
+
+    def build(key, name, device):
+        assert not [ref for ref in held if ref()] or not one_by_one, "the one before still holds its memory"
+        weight = torch.zeros(1)
+        held.append(weakref.ref(weight))
+        return lambda imgs: events.append(key) or weight.add_(1)
+
+    monkeypatch.setattr(throughput, "PRETRAINING", {key: functools.partial(build, key) for key in "ab"})
+    for one_by_one in (True, False):
+        events.clear()
+        args = throughput.get_args(["--batch_size", "1", "--steps", "1", "--rounds", "2"])
+        args.one_by_one = one_by_one
+        rows = throughput.measure("mae_vit_tiny_patch4", args, CPU, 1.0)
+        assert [row["step"] for row in rows] == ["a", "b"]
+        # the step that compiles, then a round of warm-up and two that count, of one step each
+        assert "".join(events) == ("aaaabbbb" if one_by_one else "aabbabab")
+
+
+def test_a_run_has_its_variables_and_none_of_the_other_kind_of_device(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(tables.subprocess, "run", lambda command, env, **_: ran.append((command[1:], env)))
+    (tmp_path / "BENCHMARKS.md").write_text((ROOT / "BENCHMARKS.md").read_text())
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables.torch.cuda, "is_available", lambda: True)
+    tables.main(["cpu_loader", "gpu_base", "--results", str(tmp_path)])
+    (cpu, cpu_env), (gpu, gpu_env) = ran
+    assert cpu[:2] == ["-m", "benchmarks.dataloader"] and cpu[-2:] == ["--json", str(tmp_path / "cpu_loader.json")]
+    assert cpu_env["OMP_NUM_THREADS"] == "1" and cpu_env["CUDA_VISIBLE_DEVICES"] == ""
+    assert gpu[:2] == ["-m", "benchmarks.throughput"] and gpu_env.get("CUDA_VISIBLE_DEVICES") != ""
+    assert "not measured" in (tmp_path / "BENCHMARKS.md").read_text()  # no figures in that folder
+    tables.main(["--fill", "--results", str(tmp_path)])
+    assert len(ran) == 2
+    tables.main(["--results", str(tmp_path)])
+    assert len(ran) == 2 + sum(name.startswith("gpu") for name in tables.RUNS)
+    monkeypatch.setattr(tables.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        tables.main(["gpu_base"])
+    with pytest.raises(SystemExit):
+        tables.main(["gpu_bass"])
+
+
+def test_figures_of_another_command_are_none(tmp_path):
+    table, name = tables.TABLES["cpu-loader"], "cpu_loader"
+    measured = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    (tmp_path / f"{name}.json").write_text(json.dumps({**measured, "command": measured["command"] + " --images 7"}))
+    assert tables.markdown(table, tmp_path) == tables.markdown(table, tmp_path / "nothing")
+
+
 def test_figures_fill_their_own_cells_and_others_stay_empty(tmp_path):
     """One row of one run was measured."""
     name = "as the original trains"
     row = {"step": name, "images/s": 1234.5, "x original": 1.0, "TFLOP/s": 153.7, "of matmul": 0.1946,
            "peak GB": 60.04, "first step s": None}  # fmt: skip
-    where = {"device": "a card", "versions": "torch 9", "date": "2027-01-02", "bf16 matrix product": "790 TFLOP/s"}
+    where = {"device": "a card", "versions": "torch 9", "date": "2027-01-02", "bf16 matrix product": "790 TFLOP/s",
+             "command": tables.RUNS["gpu_large"].command}  # fmt: skip
     (tmp_path / "gpu_large.json").write_text(json.dumps({**where, "rows": [row]}))
     lines = tables.markdown(tables.TABLES["gpu-step"], tmp_path).splitlines()
     empty = tables.markdown(tables.TABLES["gpu-step"], tmp_path / "nothing").splitlines()

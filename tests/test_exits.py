@@ -1,15 +1,17 @@
 """How scripts end: exit codes, and last words that are in train.log too and are said once."""
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import torchrun, write_image
+from helpers import _environment, write_image
 from torch.utils.data import DataLoader
 
 from util import exits, slurm
@@ -88,8 +90,10 @@ def signals():
 
 def test_signal_that_comes_on_the_way_out_changes_no_exit_code(signals):
     """srun sends SIGTERM to all tasks once one of them has left."""
-    assert ending(Stopped({10}, saved=True)) == 75
-    os.kill(os.getpid(), signal.SIGTERM)
+    for error, code in ((Stopped({10}, saved=True), 75), (NonFiniteLossError("loss nan"), 3)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert ending(error) == code
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_signal_ends_with_its_own_code(train_log, signals):
@@ -126,20 +130,31 @@ def test_error_of_one_rank_is_told_with_its_rank(monkeypatch, capsys):
     assert capsys.readouterr().err == "[rank 3] error: cannot decode 3.png\n"
 
 
-def meet_bad_input() -> None:
-    """Two processes: both meet the same error, then one of them alone another."""
+def meet_bad_input(how: str) -> None:
+    """In two processes, the same or each its own."""
     env = init_distributed("cpu")
-    for message in ("both see this", f"rank {env.rank} alone sees this"):
-        with contextlib.suppress(SystemExit):
-            exits.fail(UserError(message))
+    exits.fail(UserError("both meet this" if how == "same" else f"rank {env.rank} meets this"))
 
 
-def test_what_all_ranks_meet_by_themselves_is_told_once():
-    done = torchrun(__file__)
-    said = [line for line in done.stderr.splitlines() if "sees this" in line or "see this" in line]
-    assert sorted(said) == [
-        "[rank 1] error: rank 1 alone sees this", "error: both see this", "error: rank 0 alone sees this"
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("same", ["error: both meet this"]), ("own", ["[rank 1] error: rank 1 meets this", "error: rank 0 meets this"])],
+)
+@pytest.mark.parametrize("store", ["of the launcher", "of rank 0"])
+def test_what_all_ranks_meet_by_themselves_is_told_once(how, expected, store):
+    command, env = [sys.executable, __file__, how], _environment(OMP_NUM_THREADS="1")
+    if store == "of the launcher":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        said = subprocess.run([command[0], *launcher, *command[1:]], env=env, capture_output=True, text=True).stderr
+    else:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+        ranks = [subprocess.Popen(command, env={**env, "RANK": str(i), "LOCAL_RANK": str(i)}, stderr=subprocess.PIPE,
+                                  text=True) for i in range(2)]  # fmt: skip
+        said = "".join(rank.communicate()[1] for rank in ranks)
+        assert [rank.returncode for rank in ranks] == [2, 2]
+    assert sorted(line for line in said.splitlines() if "meet" in line and "error:" in line) == expected
 
 
 def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):
@@ -158,4 +173,4 @@ def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    meet_bad_input()
+    meet_bad_input(sys.argv[1])

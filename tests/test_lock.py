@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from helpers import ON_CPU, _environment, run, write_image_folder
+from test_saving import saver
 
-from util import lock
+from util import lock, saving
 from util.errors import UserError
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this system has no such locks")
@@ -50,13 +52,56 @@ def test_a_killed_run_gives_the_folder_up_though_its_workers_live(tmp_path, hold
     holder.wait()
     file = lock.take(tmp_path / ".lock")
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-    file.close()
+    os.close(file)
 
 
 def test_a_run_that_is_about_to_leave_is_waited_for(tmp_path, holder):
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
-    lock.take(tmp_path / ".lock", wait_seconds=30).close()
+    os.close(lock.take(tmp_path / ".lock", wait_seconds=30))
     killer.wait()
+
+
+def test_a_saver_waits_two_minutes_or_half_of_what_others_wait_for_it(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(saving, "take", lambda path, seconds: waits.append((path, seconds)))
+    saver(tmp_path, dist_timeout=10.0)
+    saver(tmp_path, dist_timeout=1.0)
+    assert waits == [(tmp_path / ".lock", 120), (tmp_path / ".lock", 30)]
+
+
+def test_a_saver_gives_the_folder_up_when_its_run_is_over_or_refused(tmp_path):
+    def is_free() -> bool:
+        command = [sys.executable, "-c", "import os, sys; from pathlib import Path; from util.lock import take; "
+                   "os.close(take(Path(sys.argv[1])))", tmp_path / ".lock"]  # fmt: skip
+        return subprocess.run(command, env=_environment(), capture_output=True).returncode == 0
+
+    with saver(tmp_path) as one:
+        one.after_epoch(5)
+        assert not is_free()
+    assert is_free()
+    with pytest.raises(UserError, match="holds a run already"):
+        saver(tmp_path, resume="")
+    assert is_free()
+
+
+def test_a_run_does_not_write_over_the_one_that_it_has_waited_for(tmp_path, holder):
+    """Both found the folder empty, and were started without --resume."""
+    (tmp_path / "saved").write_bytes(b"")
+    files = f"{tmp_path}/saved {tmp_path}/checkpoint-3.pth"
+    leaver = subprocess.Popen(["sh", "-c", f"sleep 0.5; mv {files}; kill -9 {holder.pid}"])
+    with pytest.raises(UserError, match="holds a run already"):
+        saver(tmp_path, resume="")
+    assert leaver.wait() == 0
+
+
+def test_a_folder_in_which_nothing_can_be_made_stops_no_run(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    assert lock.take(tmp_path / ".lock") is None
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_full_disk_is_no_trouble_on_the_way_out():
+    os.close(lock.take(Path("/dev/full")))
 
 
 def test_a_file_system_without_locks_stops_no_run(tmp_path, monkeypatch):

@@ -143,6 +143,13 @@ def test_in_colab_a_notebook_of_unknown_origin_asks_for_the_address(colab, path)
         execute(notebook, content)
 
 
+def test_in_colab_a_second_start_takes_what_the_first_has_cloned(colab, tmp_path):
+    notebook, content = colab("")  # it need not know again where it was opened from
+    (content / "mae").symlink_to(tmp_path / "origin")
+    del notebook.cells[3:]
+    execute(notebook, content)
+
+
 def test_the_committed_notebook_shows_small_pictures_and_no_path_of_its_author():
     text = NOTEBOOK.read_text()
     assert len(text) < 300_000

@@ -19,6 +19,7 @@ from torch import nn
 
 import main_pretrain
 import models_vit
+import util.resume
 from util import checkpoint, datasets, saving
 from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
@@ -27,7 +28,7 @@ from util.files import checkpoints, save
 from util.loader import explain
 from util.log import RunLog
 from util.progress import Part
-from util.resume import Start, newest, refuse_second_run, resume
+from util.resume import Start, newest, refuse_second_run, resume, will_resume
 from util.rng import image_order
 from util.saving import Saver
 from util.signals import Stopped
@@ -37,7 +38,7 @@ from util.transforms import eval_transform
 ENV = Dist(torch.device("cpu"))
 OPTIONS = {
     "epochs": 6, "save_every": 1, "save_minutes": None, "keep_last": None, "async_save": "off", "dist_timeout": 10.0,
-    "on_nan": "stop", "resume": "", "start_epoch": 0, "batch_size": 4, "accum_iter": 1, "input_size": 32,
+    "on_nan": "stop", "resume": "auto", "start_epoch": 0, "batch_size": 4, "accum_iter": 1, "input_size": 32,
 }  # fmt: skip
 
 
@@ -257,6 +258,23 @@ def test_best_is_known_where_only_another_try_could_save_it(tmp_path, monkeypatc
         one.after_epoch(5, accuracy=90.0)
     assert os.readlink(tmp_path / "checkpoint-best.pth") == "checkpoint-5.pth"
     assert load(tmp_path / "checkpoint-5.pth")["best"] == (90.0, 5)
+
+
+def test_best_is_known_where_a_stalled_write_kept_it_from_being_saved(tmp_path, monkeypatch):
+    with saver(tmp_path) as one, monkeypatch.context() as patch:
+        one.after_epoch(4, accuracy=50.0)
+        patch.setattr(one, "_wait", lambda *_: False)
+        one.after_epoch(5, accuracy=90.0)
+        one.failed = True
+        monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0,))
+    assert os.readlink(tmp_path / "checkpoint-best.pth") == "checkpoint-5.pth"
+
+
+def test_a_new_file_s_name_is_flushed_too(tmp_path, monkeypatch):
+    flush, folders = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda file: folders.append(os.path.isdir(f"/dev/fd/{file}")) or flush(file))
+    save(tmp_path / "checkpoint-0.pth", {"model": {}})
+    assert folders == [False, True]
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
@@ -551,6 +569,18 @@ def test_other_numbers_of_training_images_are_named(tmp_path):
         with project_log() as lines:
             resume(ENV, options(tmp_path, resume="auto"), model, trained(model), scaler(), n_images)
         assert any("12 training images, so another order (was 24)" in line for line in lines) == named
+
+
+def test_all_ranks_hear_from_rank_0_whether_there_is_something_to_resume(tmp_path, monkeypatch):
+    """On a network disk one may see a file that another does not yet."""
+    monkeypatch.setattr(util.resume, "on_main", lambda env, look: ["said by rank 0", look()])
+    args = options(tmp_path, resume="auto")
+    assert will_resume(ENV, args) == ["said by rank 0", False]
+    saver(tmp_path).after_epoch(0)
+    assert will_resume(ENV, args) == ["said by rank 0", True]
+    assert will_resume(ENV, options("", resume="auto")) == ["said by rank 0", False]
+    assert will_resume(ENV, options(tmp_path, resume="x.pth")) is True
+    assert will_resume(ENV, options(tmp_path, resume="")) is False
 
 
 def test_weights_to_start_from_need_not_be_there_when_a_run_goes_on(images, tmp_path):  # noqa: F811

@@ -16,6 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_finetune
 import main_linprobe
 import main_pretrain
+import models_mae
+import models_vit
+from util import speed
 from util.dist import Dist
 from util.log import setup_logging
 
@@ -81,6 +84,21 @@ def probed(images, pretrained, tmp_path_factory):
         "linprobe", folder, *LINPROBE, "--data_path", images, "--epochs", 2, "--finetune", pretrained.last
     )  # fmt: skip
     return SimpleNamespace(folder=folder, said=said, last=folder / "checkpoint-1.pth")
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_scripts_choose_kernels_for_their_precision(name, images, tmp_path):
+    options = {"pretrain": PRETRAIN, "finetune": FINETUNE, "linprobe": LINPROBE}[name]
+    chosen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "choose_kernels", lambda model, dtype, device: chosen.append((type(model), dtype, device)))
+        train(name, tmp_path, *options, "--data_path", images, "--epochs", 1, "--amp", "bf16")
+    model = models_mae.MaskedAutoencoderViT if name == "pretrain" else models_vit.VisionTransformer
+    assert chosen == [(model, torch.bfloat16, torch.device("cpu"))]
+
+
+def test_classifiers_note_the_number_of_training_images(finetuned, probed):
+    assert [load(run_.last)["n_images"] for run_ in (finetuned, probed)] == [24, 24]
 
 
 # pretraining

@@ -98,6 +98,8 @@ def test_attention_is_the_faster_one_for_device_and_precision(device, dtype, fus
         speed.choose_kernels(model, dtype, torch.device(device))
         chosen = [block.attn.fused_attn for block in model.modules() if isinstance(block, Block)]
         assert len(chosen) >= 4 and set(chosen) == {fused}
+        assert torch.get_float32_matmul_precision() == ("highest" if dtype is None else "high")
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_attention_written_out_gives_the_fused_one_s_loss_and_gradients():

@@ -115,7 +115,9 @@ class PackedFiles(Sequence):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[str, int]:
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
         path = self.paths[self.ends[index] : self.ends[index + 1]].tobytes()
         return os.fsdecode(path), int(self.labels[index])

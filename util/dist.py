@@ -1,5 +1,6 @@
 """Start and end of the process group. The only reader of launcher variables (torchrun, srun, mpirun)."""
 
+import contextlib
 import hashlib
 import math
 import os
@@ -222,23 +223,32 @@ def on_main(env: Dist, action: Callable[[], Any]) -> Any:
     return result
 
 
-def is_said_by_rank_0(message: str) -> bool:
-    """On rank 0 False, with a note for the others that it says `message`; on these whether it does, within 3 seconds.
+def spare_others(message: str) -> None:
+    """On rank 0, which has said `message`: keep the others from saying it too, if they are about to.
 
-    For what ranks meet by themselves, bad input for one: many say the same, but any may be the only one.
+    Takes 3 seconds: what keeps the note may go with this process, and launchers end the others once one is gone.
     """
-    if not torch.distributed.is_initialized():
-        return False
-    key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
+    if torch.distributed.is_initialized():
+        with contextlib.suppress(Exception):  # the store is gone, and with it the others
+            _default_store().set(_note(message), "")
+            time.sleep(3)
+
+
+def is_spared(message: str) -> bool:
+    """On other ranks: whether rank 0 says `message`, within 2 seconds."""
     try:
-        store = torch.distributed.distributed_c10d._get_default_store()
-        if torch.distributed.get_rank() == 0:
-            store.set(key, "")
-            return False
-        store.wait([key], timedelta(seconds=3))
-    except Exception:  # nobody says so, or the store is gone
+        _default_store().wait([_note(message)], timedelta(seconds=2))
+    except Exception:  # it does not, or the store is gone
         return False
     return True
+
+
+def _default_store() -> torch.distributed.Store:
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def _note(message: str) -> str:
+    return f"said/{hashlib.sha256(message.encode()).hexdigest()}"
 
 
 def gather_on_all(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch.distributed
 
-from util.dist import is_said_by_rank_0, shutdown
+from util.dist import is_spared, shutdown, spare_others
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.loader import explain
 from util.log import log
@@ -32,17 +32,13 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         fail(error)
     except NonFiniteLossError as error:
         _last_words(str(error), rank_0_tells=True)  # all ranks raise it together
-        shutdown()
-        sys.exit(EXIT_NOT_FINITE)
+        _leave_together(EXIT_NOT_FINITE)
     except NotSavedError as error:
         _last_words(str(error))
         sys.exit(EXIT_FAILED)
     except Stopped as stopped:
-        # srun tells the others to leave as soon as one has: that must not change the exit codes of those on their way
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         log.info(str(stopped))
-        shutdown()
-        sys.exit(stopped.exit_code)
+        _leave_together(stopped.exit_code)
     except Exception as error:
         if (message := explain(error)) is None:
             _to_train_log(traceback.format_exc())
@@ -51,17 +47,35 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         sys.exit(EXIT_FAILED)
 
 
+def _leave_together(exit_code: int) -> NoReturn:
+    """All ranks are on their way out. As soon as one is gone, srun sends the others SIGTERM: codes stay as they are."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    shutdown()
+    sys.exit(exit_code)
+
+
 def fail(error: UserError) -> NoReturn:
-    """Leave with the message alone and exit code 2; of an error that all ranks raise, rank 0 alone speaks."""
-    _last_words(error.message, error.rank_0_tells or is_said_by_rank_0(error.message))
+    """Leave with the message alone and exit code 2; of an error that all ranks raise, rank 0 alone speaks.
+
+    Where each meets it by itself, bad input for one, others keep silent if rank 0 meets the same.
+    """
+    if _rank() == 0:
+        _last_words(error.message)
+        spare_others(error.message)
+    elif not error.rank_0_tells and not is_spared(error.message):
+        _last_words(error.message)
     sys.exit(EXIT_BAD_INPUT)
 
 
 def _last_words(message: str, rank_0_tells: bool = False) -> None:
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    rank = _rank()
     if rank == 0 or not rank_0_tells:
         print(f"[rank {rank}] error: {message}" if rank else f"error: {message}", file=sys.stderr, flush=True)
         _to_train_log(f"error: {message}")
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _to_train_log(text: str) -> None:

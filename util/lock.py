@@ -5,7 +5,6 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import IO
 
 from util.errors import UserError
 from util.log import log
@@ -16,43 +15,42 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def take(path: Path, wait_seconds: float = 0) -> IO[str] | None:
-    """Lock the file `path` until what is returned is closed, or the process ends in whatever way.
+def take(path: Path, wait_seconds: float = 0) -> int | None:
+    """Lock the file `path` until the descriptor that is returned is closed, or the process ends in whatever way.
 
-    A run that was killed a moment ago may hold it still, on another node of a network file system for a minute or two.
-    None where the file system has no locks. Raises UserError where another process has it for longer.
+    The lock is the whole process's, which must not take it twice. A run that was killed a moment ago may hold it still,
+    on another node of a network file system for a minute or two. None where the file system has no locks, or no room.
+    Raises UserError where another process has it for longer.
     """
     if fcntl is None:
         return None
     said, end = False, time.monotonic() + wait_seconds
     try:
-        file = path.open("a+")
-    except OSError as error:  # a disk that is full or read-only is another's to tell
-        log.debug(f"{path} cannot be opened ({error}): nothing keeps a second run from this folder")
-        return None
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked loader workers do not hold it
-            break
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read().strip() or "a process"
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        while not _try(file):
+            holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "a process"
             if time.monotonic() >= end:
-                file.close()
+                os.close(file)
                 raise UserError(
                     f"--output_dir {path.parent} is in use by another run ({holder}): stop that run, or name another "
                     "folder"
-                ) from None
+                )
             if not said:
                 log.info(f"{path.parent} is in use by another run ({holder}): waiting {wait_seconds:.0f} s for its end")
                 said = True
             time.sleep(min(1, wait_seconds / 4))
-        except OSError as error:
-            log.debug(f"{path} cannot be locked ({error}): nothing keeps a second run from this folder")
-            file.close()
-            return None
+    except OSError as error:  # a disk that is full or read-only is another's to tell
+        log.debug(f"{path} cannot be locked ({error}): nothing keeps a second run from this folder")
+        return None
     with contextlib.suppress(OSError):  # for the message alone
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return file
+
+
+def _try(file: int) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked loader workers do not hold it
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

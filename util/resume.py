@@ -64,20 +64,21 @@ def _damage(path: Path) -> str | None:
     return None
 
 
+def check_new(output_dir: str | Path) -> None:
+    """Raise UserError where `output_dir` holds a run."""
+    names = ["log.txt"] if (Path(output_dir) / "log.txt").exists() else []
+    names += [path.name for path in checkpoints(output_dir).values()]
+    if names:
+        raise UserError(
+            f"--output_dir {output_dir} holds a run already ({names[-1]}): pass --resume auto to continue it, or "
+            "name another folder"
+        )
+
+
 def refuse_second_run(env: Dist, output_dir: str, resume: str) -> None:
     """Raise UserError, on all ranks, where `output_dir` holds a run and `resume` is not given."""
-
-    def check() -> None:
-        names = ["log.txt"] if (Path(output_dir) / "log.txt").exists() else []
-        names += [path.name for path in checkpoints(output_dir).values()]
-        if names:
-            raise UserError(
-                f"--output_dir {output_dir} holds a run already ({names[-1]}): pass --resume auto to continue it, or "
-                "name another folder"
-            )
-
     if output_dir and not resume:
-        on_main(env, check)
+        on_main(env, lambda: check_new(output_dir))
 
 
 def resume(

@@ -8,6 +8,7 @@ epoch also `iteration` (batches done) and `progress` (the sums of its means so f
 
 import argparse
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -64,11 +65,11 @@ class Saver:
         self.step: Step | None = None
         self.saved_at = time.monotonic()
         self.failed = False  # the last save is still owed
-        self.accuracy: float | None = None  # of the epoch that was saved last
+        self.accuracy: float | None = None  # of the last epoch
         self._patience = args.dist_timeout * 30  # seconds; half of what other ranks wait
         self.writing: threading.Thread | None = None
         self.copies: dict[tuple, torch.Tensor] = {}
-        self.lock = None
+        self.lock: int | None = None
         if args.output_dir:
             on_main(env, self._check_folder)
 
@@ -77,6 +78,15 @@ class Saver:
         checkpoint fits.
         """
         self.lock = take(self.folder / ".lock", min(120, self._patience))
+        try:
+            if not self.args.resume:
+                resume.check_new(self.folder)  # again: a run that this one has waited for has left its files
+            self._check_room()
+        except UserError:
+            self._give_up_lock()
+            raise
+
+    def _check_room(self) -> None:
         for kind in ("checkpoint-*.tmp", "partial-*.tmp"):
             for path in self.folder.glob(kind):
                 path.unlink()
@@ -107,8 +117,12 @@ class Saver:
             self._finish(error)
         finally:
             self.signals.__exit__()
-            if self.lock is not None:
-                self.lock.close()
+            self._give_up_lock()
+
+    def _give_up_lock(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def resume(self) -> resume.Start:
         """Load what --resume says; return where to start."""
@@ -147,7 +161,7 @@ class Saver:
     def after_epoch(self, epoch: int, accuracy: float | None = None) -> None:
         """Save, if it is time. Raises NonFiniteLossError on all ranks together where a weight is NaN or infinite."""
         check_finite(self.model, epoch)
-        self.epoch = epoch
+        self.epoch, self.accuracy = epoch, accuracy
         if accuracy is not None:
             self.max_accuracy = max(self.max_accuracy, accuracy)
         last = epoch == self.args.epochs - 1
@@ -175,7 +189,7 @@ class Saver:
         if self.max_accuracy or best:
             state |= {"max_accuracy": self.max_accuracy, "best": best}
         state |= more
-        path, self.failed, self.accuracy = self.folder / name, False, accuracy
+        path, self.failed = self.folder / name, False
         if self.asynchronous:
             state = self._copy(state)
             if self.env.device.type == "cuda":
