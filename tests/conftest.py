@@ -1,6 +1,7 @@
-"""Fixtures of the numerical tests: recorded arrays and recipes, from tests/golden."""
+"""Fixtures: recorded arrays and recipes for the numerical tests, from tests/golden; signals as they were."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,3 +37,11 @@ def golden() -> Callable[[str], Golden]:
 def recipe() -> dict:
     """What the original does with full-size models: shapes, decay, learning rates, initial statistics."""
     return json.loads((GOLDEN / "recipe.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def sigterm_as_before():
+    """A script on its way out ignores SIGTERM, and some tests run scripts in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)

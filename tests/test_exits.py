@@ -19,7 +19,7 @@ from util.datasets import Images, list_images
 from util.dist import Dist, init_distributed, on_main
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.log import setup_logging
-from util.signals import CAUGHT, Stopped
+from util.signals import Stopped
 
 ENV = Dist(torch.device("cpu"))
 KILLED = "DataLoader worker (pid 4) is killed by signal: Killed. "
@@ -79,16 +79,7 @@ def test_error_of_an_augmentation_keeps_its_traceback(train_log, tmp_path):
     assert "in broken" in train_log() and "memory" not in train_log()
 
 
-@pytest.fixture
-def signals():
-    """Their handlers are as before after the test."""
-    before = {number: signal.getsignal(number) for number in CAUGHT}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_signal_that_comes_on_the_way_out_changes_no_exit_code(signals):
+def test_signal_that_comes_on_the_way_out_changes_no_exit_code():
     """srun sends SIGTERM to all tasks once one of them has left."""
     for error, code in ((Stopped({10}, saved=True), 75), (NonFiniteLossError("loss nan"), 3)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -96,7 +87,7 @@ def test_signal_that_comes_on_the_way_out_changes_no_exit_code(signals):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_signal_ends_with_its_own_code(train_log, signals):
+def test_signal_ends_with_its_own_code(train_log):
     assert ending(Stopped({15}, saved=True)) == 75 and "SIGTERM" in train_log()
     assert ending(Stopped({15}, saved=False)) == 1
 
