@@ -3,6 +3,7 @@
 `torchrun test_distributed.py FOLDER` runs `worker`, whose results the tests read.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -337,3 +338,4 @@ def test_one_process_of_mpirun_needs_no_meeting_point(launcher):
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+    gc.collect()  # as util/exits.py does, and why

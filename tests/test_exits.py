@@ -7,13 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import _environment, write_image
+from helpers import ON_CPU, _environment, torchrun, write_image, write_image_folder
 from torch.utils.data import DataLoader
 
+import main_pretrain
 from util import exits, slurm
 from util.datasets import Images, list_images
 from util.dist import Dist, init_distributed, on_main
@@ -148,6 +150,24 @@ def test_what_all_ranks_meet_by_themselves_is_told_once(how, expected, store):
     assert sorted(line for line in said.splitlines() if "meet" in line and "error:" in line) == expected
 
 
+def train_and_list_threads(folder: str) -> None:
+    """Train, end as a script does, and write the names of this process's threads."""
+    options = ("--data_path", folder, "--model", "mae_vit_tiny_patch4", "--input_size", 32, "--batch_size", 1,
+               "--epochs", 1, "--num_workers", 0, "--output_dir", "", "--log_dir", "", *ON_CPU)  # fmt: skip
+    exits.run(main_pretrain.main, main_pretrain.get_args_parser().parse_args([str(option) for option in options]))
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (Path(folder) / f"threads-{os.environ['RANK']}").write_text("\n".join(names))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_a_process_group_s_threads_are_gone_before_the_interpreter_ends(tmp_path):
+    """Else they may abort a run that has ended well: now and then, so that their names are looked at instead."""
+    write_image_folder(tmp_path, n_train=2, n_val=0)
+    torchrun(__file__, "threads", tmp_path)
+    threads = [(tmp_path / f"threads-{rank}").read_text() for rank in (0, 1)]
+    assert all(threads) and "gloo" not in "".join(threads)
+
+
 def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):
     import submitit
 
@@ -164,4 +184,4 @@ def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):
 
 
 if __name__ == "__main__":
-    meet_bad_input(sys.argv[1])
+    train_and_list_threads(sys.argv[2]) if sys.argv[1] == "threads" else meet_bad_input(sys.argv[1])

@@ -284,6 +284,8 @@ def worker(folder: str, images: str) -> None:
 
 
 if __name__ == "__main__":
+    import gc
     import sys
 
     worker(*sys.argv[1:])
+    gc.collect()  # as util/exits.py does, and why

@@ -1,6 +1,7 @@
 """How a script ends: its exit code, and its last words on the terminal and in train.log."""
 
 import argparse
+import gc
 import logging
 import signal
 import sys
@@ -26,36 +27,55 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     Exit codes: 2 for a UserError, 3 for a loss that is not finite, 75 after a signal where the state is saved; else 1.
     """
+    code = _run(main, args)
+    # here nothing of the run is referred to any more, but in circles: threads of a process group that lives until the
+    # interpreter ends may abort it (pytorch issue 190489)
+    gc.collect()
+    if code:
+        sys.exit(code)
+
+
+def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Call `main(args)`; returns the exit code."""
     try:
         main(args)
     except UserError as error:
-        fail(error)
+        _tell(error)
+        return EXIT_BAD_INPUT
     except NonFiniteLossError as error:
         _last_words(str(error), rank_0_tells=True)  # all ranks raise it together
-        _leave_together(EXIT_NOT_FINITE)
+        _leave_together()
+        return EXIT_NOT_FINITE
     except NotSavedError as error:
         _last_words(str(error))
-        sys.exit(EXIT_FAILED)
+        return EXIT_FAILED
     except Stopped as stopped:
         log.info(str(stopped))
-        _leave_together(stopped.exit_code)
+        _leave_together()
+        return stopped.exit_code
     except Exception as error:
         if (message := explain(error)) is None:
             _to_train_log(traceback.format_exc())
             raise
         _last_words(message)
-        sys.exit(EXIT_FAILED)
+        return EXIT_FAILED
+    return 0
 
 
-def _leave_together(exit_code: int) -> NoReturn:
+def _leave_together() -> None:
     """All ranks are on their way out. As soon as one is gone, srun sends the others SIGTERM: codes stay as they are."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     shutdown()
-    sys.exit(exit_code)
 
 
 def fail(error: UserError) -> NoReturn:
-    """Leave with the message alone and exit code 2; of an error that all ranks raise, rank 0 alone speaks.
+    """Leave with the message alone and exit code 2."""
+    _tell(error)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _tell(error: UserError) -> None:
+    """The message; of an error that all ranks raise, rank 0 alone speaks.
 
     Where each meets it by itself, bad input for one, others keep silent if rank 0 meets the same.
     """
@@ -64,7 +84,6 @@ def fail(error: UserError) -> NoReturn:
         spare_others(error.message)
     elif not error.rank_0_tells and not is_spared(error.message):
         _last_words(error.message)
-    sys.exit(EXIT_BAD_INPUT)
 
 
 def _last_words(message: str, rank_0_tells: bool = False) -> None:
