@@ -40,8 +40,10 @@ def recipe() -> dict:
 
 
 @pytest.fixture(autouse=True)
-def sigterm_as_before():
-    """A script on its way out ignores SIGTERM, and some tests run scripts in this process."""
-    before = signal.getsignal(signal.SIGTERM)
+def signals_as_before():
+    """A script on its way out obeys no signals, and some tests run scripts in this process."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)

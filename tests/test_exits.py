@@ -21,7 +21,7 @@ from util.datasets import Images, list_images
 from util.dist import Dist, init_distributed, on_main
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.log import setup_logging
-from util.signals import Stopped
+from util.signals import Signals, Stopped
 
 ENV = Dist(torch.device("cpu"))
 KILLED = "DataLoader worker (pid 4) is killed by signal: Killed. "
@@ -87,6 +87,16 @@ def test_signal_that_comes_on_the_way_out_changes_no_exit_code():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert ending(error) == code
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_signal_after_the_last_step_changes_no_exit_code():
+    def main(args):
+        with Signals(ENV):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    exits.run(main, argparse.Namespace())
+    os.kill(os.getpid(), signal.SIGTERM)  # while the interpreter ends
 
 
 def test_signal_ends_with_its_own_code(train_log):

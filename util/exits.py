@@ -15,7 +15,7 @@ from util.dist import is_spared, shutdown, spare_others
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.loader import explain
 from util.log import log
-from util.signals import Stopped
+from util.signals import Signals, Stopped
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2  # as argparse does
@@ -27,7 +27,11 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     Exit codes: 2 for a UserError, 3 for a loss that is not finite, 75 after a signal where the state is saved; else 1.
     """
-    code = _run(main, args)
+    Signals.process_ends_too = True
+    try:
+        code = _run(main, args)
+    finally:
+        Signals.process_ends_too = False
     # here nothing of the run is referred to any more, but in circles: threads of a process group that lives until the
     # interpreter ends may abort it (pytorch issue 190489)
     gc.collect()

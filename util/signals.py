@@ -33,6 +33,10 @@ class Signals:
     A second Ctrl-C, 3 seconds or more after the first, ends the process at once.
     """
 
+    process_ends_too = (
+        False  # where it does, as after a script's main(), signals are noted to the end and change no code
+    )
+
     def __init__(self, env: Dist) -> None:
         self.env = env
         self.seen: dict[int, float] = {}  # signal -> when it came first
@@ -47,6 +51,8 @@ class Signals:
         return self
 
     def __exit__(self, *_) -> None:
+        if self.process_ends_too:
+            return
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
