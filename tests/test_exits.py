@@ -31,7 +31,8 @@ def ending(error: Exception) -> int:
     """The exit code of a script whose main() raises `error`."""
 
     def main(args):
-        raise error
+        with Signals(ENV):
+            raise error
 
     with pytest.raises(SystemExit) as left:
         exits.run(main, argparse.Namespace())

@@ -3,7 +3,6 @@
 import argparse
 import gc
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,7 +26,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     Exit codes: 2 for a UserError, 3 for a loss that is not finite, 75 after a signal where the state is saved; else 1.
     """
-    Signals.process_ends_too = True
+    Signals.process_ends_too = True  # as soon as one rank is gone, srun sends the others SIGTERM: codes stay
     try:
         code = _run(main, args)
     finally:
@@ -48,14 +47,14 @@ def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
         return EXIT_BAD_INPUT
     except NonFiniteLossError as error:
         _last_words(str(error), rank_0_tells=True)  # all ranks raise it together
-        _leave_together()
+        shutdown()
         return EXIT_NOT_FINITE
     except NotSavedError as error:
         _last_words(str(error))
         return EXIT_FAILED
     except Stopped as stopped:
         log.info(str(stopped))
-        _leave_together()
+        shutdown()
         return stopped.exit_code
     except Exception as error:
         if (message := explain(error)) is None:
@@ -64,12 +63,6 @@ def _run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -
         _last_words(message)
         return EXIT_FAILED
     return 0
-
-
-def _leave_together() -> None:
-    """All ranks are on their way out. As soon as one is gone, srun sends the others SIGTERM: codes stay as they are."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    shutdown()
 
 
 def fail(error: UserError) -> NoReturn:
