@@ -68,6 +68,20 @@ def test_schedules_and_logging_cause_no_compilation_after_the_first_epoch(compil
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_blocks_larger_than_a_bucket_stay_whole_under_ddp(compilations, tmp_path):
+    model = models_mae.MaskedAutoencoderViT(
+        img_size=16, patch_size=4, embed_dim=256, depth=2, num_heads=2, decoder_embed_dim=32, decoder_num_heads=2
+    )
+    speed.prepare(model, "on", False, torch.device("cpu"))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        ddp_model = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)  # a block of the encoder has 3 MB
+        ddp_model(torch.randn(2, 3, 16, 16), loss_only=True).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(compilations) == 2
+
+
 @pytest.mark.parametrize("depth", [4, 12])
 def test_blocks_share_code_whatever_their_stochastic_depth(depth, compilations):
     """Each block has its own drop probability; the first has none. More than 8 kinds would not be compiled at all."""

@@ -34,6 +34,8 @@ def prepare(model: nn.Module, compile_: str, grad_checkpointing: bool, device: t
     if compile_ == "off" or (compile_ == "auto" and device.type != "cuda"):
         return
     torch._dynamo.config.suppress_errors = compile_ == "auto"
+    # made for models compiled whole, it would cut each block that is larger than a bucket of DDP (ViT-B's and above)
+    torch._dynamo.config.optimize_ddp = False
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
         for name in ("drop_path1", "drop_path2"):
