@@ -1,13 +1,17 @@
 """--decode cuda: the same code with the CPU in the GPU's place, where its pixels must be those of the ordinary path."""
 
 import io
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
+import torchvision.io
 from helpers import project_log, run, write_image_folder
 from PIL import Image
 
+from util import gpu_decode
 from util.datasets import Images, TrainSampler
 from util.dist import Dist
 from util.errors import UserError
@@ -16,6 +20,7 @@ from util.loader import DeviceLoader, train_loader
 from util.transforms import finetune_transform, linprobe_transform, pretrain_transform
 
 CPU = Dist(torch.device("cpu"))
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 RECIPES = {
     "pretrain": pretrain_transform(32, crop_min=0.2, hflip=0.5),
     "linprobe": linprobe_transform((32, 48), crop_min=0.08, hflip=0.5),
@@ -87,6 +92,44 @@ def test_a_broken_or_missing_file_is_replaced_and_listed(files, tmp_path):
     assert torch.equal(imgs, batches(images, sampler, "cpu")[0][0])
 
 
+def test_a_crop_that_the_gpu_cannot_resize_is_left_to_the_cpu(files, monkeypatch):
+    """CUDA's antialiasing kernel refuses what is made more than about 47 times smaller."""
+    images, sampler = Images(files, RECIPES["pretrain"]), TrainSampler(5, 5, 1, CPU, seed=0)
+    expected = batches(images, sampler, "cpu")
+
+    def refuse(*_):
+        raise RuntimeError("Too much shared memory required")
+
+    monkeypatch.setattr(gpu_decode, "crop_and_resize", refuse)
+    with project_log() as lines:
+        (imgs, labels), = batches(images, sampler, "cuda")  # fmt: skip
+    assert "decoded on the CPU, since the GPU cannot: Too much shared memory required" in lines[0]
+    assert torch.equal(imgs, expected[0][0]) and torch.equal(labels, expected[0][1])
+
+
+def test_nvjpeg_waits_for_the_crops_before_it(monkeypatch):
+    calls = []
+    stream = SimpleNamespace(synchronize=lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda jpegs, **_: calls.append("decode"))
+    gpu_decode._decode_jpegs([torch.zeros(1, dtype=torch.uint8)], torch.device("cuda"))
+    assert calls == ["wait", "decode"]
+
+
+@CUDA
+def test_memory_that_is_still_to_be_read_is_not_decoded_into(files):
+    jpeg, device = torch.from_numpy(np.fromfile(files[0][0], np.uint8)), torch.device("cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        blocks = [torch.full((3, 100, 150), 7, dtype=torch.uint8, device=device) for _ in range(64)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**8)  # device clocks: the sums below are not made before the host is in nvJPEG
+        sums = torch.stack([block.sum() for block in blocks])
+        del blocks
+        gpu_decode._decode_jpegs([jpeg] * 64, device)
+    torch.cuda.synchronize()
+    assert sums.unique().tolist() == [7 * 3 * 100 * 150]
+
+
 def test_what_cannot_work_is_refused_before_the_first_step(files, tmp_path):
     data = write_image_folder(tmp_path / "data", n_train=4)
     tiny = ("--data_path", data, "--device", "cpu", "--input_size", 32, "--output_dir", "", "--log_dir", "")
@@ -99,7 +142,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(files, tmp_path):
         train_loader(Images(files, finetune_transform(32, None, "rand-m9")), on_gpu, 0, False, decode="cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@CUDA
 def test_the_gpu_s_pixels_are_close_to_the_cpu_s(files):
     """nvJPEG rounds otherwise than libjpeg-turbo, and the GPU resizes in floating point."""
     images = Images(files * 3, RECIPES["pretrain"], seed=3)

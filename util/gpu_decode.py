@@ -43,21 +43,26 @@ class EncodedImages(Dataset):
     def decode(self, items: list[Item], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Items -> uint8 [N, h, w, 3], to be mirrored [N], labels [N], on the device.
 
-        Where a JPEG can't be decoded, this batch is left to `images`, which names or replaces the file.
+        Where the GPU cannot decode a JPEG or resize its crop, this batch is left to `images`, which names or replaces
+        a broken file.
         """
-        jpegs = [data for data, box, *_ in items if box is not None]
         try:
-            decoded = iter(_decode_jpegs(jpegs, device) if jpegs else [])
+            pixels = self._pixels(items, device)
         except RuntimeError as error:
             log.warning(f"a batch is decoded on the CPU, since the GPU cannot: {str(error).splitlines()[0]}")
             items = [(pixels, None, *rest) for *_, key in items for pixels, *rest in [(*self.images[key], key)]]
-        pixels = [
+            pixels = self._pixels(items, device)
+        _, _, mirror, labels, _ = zip(*items, strict=True)
+        return torch.stack(pixels), _to_device(mirror, device), _to_device(labels, device)
+
+    def _pixels(self, items: list[Item], device: torch.device) -> list[torch.Tensor]:
+        jpegs = [data for data, box, *_ in items if box is not None]
+        decoded = iter(_decode_jpegs(jpegs, device) if jpegs else [])
+        return [
             data.to(device, non_blocking=True) if box is None
             else crop_and_resize(next(decoded), box, self.transform.size)
             for data, box, *_ in items
         ]  # fmt: skip
-        _, _, mirror, labels, _ = zip(*items, strict=True)
-        return torch.stack(pixels), _to_device(mirror, device), _to_device(labels, device)
 
 
 def check_gpu_decode(transform: RandomCrop, device: torch.device) -> None:
@@ -83,6 +88,10 @@ def _jpeg_size(data: torch.Tensor) -> tuple[int, int] | None:
 def _decode_jpegs(jpegs: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
+    if device.type == "cuda":
+        # nvJPEG works on a stream of its own, and would write at once into memory that crops of the batch before are
+        # still to be read from (torchvision's pull request 9606)
+        torch.cuda.current_stream(device).synchronize()
     return decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
 
 
