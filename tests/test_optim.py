@@ -800,7 +800,7 @@ def test_clipping_limits_the_norm_of_the_accumulated_unscaled_gradient(dtype, li
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_without_clipping_nothing_is_limited_and_the_norm_is_measured(dtype):
     model, step = slope_step(accum_iter=2, dtype=dtype)
-    assert step.grad_norm.item() == 0
+    assert step.grad_norm.isnan()
     step(model.lean(600.0, 0.0), update=False)
     step(model.lean(0.0, 800.0), update=True)
     assert model.weight.tolist() == [-300, -400]

@@ -420,6 +420,8 @@ def test_accumulation_takes_fewer_steps_at_a_higher_rate(images, tmp_path):
     assert "effective batch 16" in said and "4 batches an epoch" in said
     assert {int(state["step"]) for state in load(tmp_path / "checkpoint-0.pth")["optimizer"]["state"].values()} == {1}
     assert {group["lr"] for group in load(tmp_path / "checkpoint-0.pth")["optimizer"]["param_groups"]} == {1e-3 / 16}
+    first, last = (line for line in said.splitlines() if "eta: " in line)
+    assert "grad_norm" not in first and "grad_norm" in last  # none is known before the first update
 
 
 # as processes

@@ -1,6 +1,7 @@
 """One optimizer step: precision, gradient accumulation, loss scaling, clipping."""
 
 import contextlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ class Step:
 
     Nothing here waits for the device, but for fp16 with an optimizer that cannot: torch's loss scaling then reads one
     value an update. `grad_norm` is the norm of the last update's gradient before clipping to `clip_grad`, a maximum
-    norm; it stays on the device, and is 0 before the first update. With fp16 it is not finite where loss scaling
+    norm; it stays on the device, and is NaN before the first update. With fp16 it is not finite where loss scaling
     overflowed, which is no fault.
     """
 
@@ -52,7 +53,7 @@ class Step:
         # only fp16 has too few exponent bits for small gradients; disabled, the scaler passes everything through
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.skips = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
-        self.grad_norm = torch.zeros((), device=device)
+        self.grad_norm = torch.full((), math.nan, device=device)
         self.under_way = self.dropped = False  # passes since the last update; whether the next update is left out
 
     def __call__(self, forward: Callable[[], torch.Tensor], update: bool) -> torch.Tensor:
