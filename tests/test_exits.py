@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ON_CPU, _environment, torchrun, write_image, write_image_folder
+from helpers import ON_CPU, ROOT, _environment, torchrun, write_image, write_image_folder
 from torch.utils.data import DataLoader
 
 import main_pretrain
@@ -97,7 +97,33 @@ def test_signal_after_the_last_step_changes_no_exit_code():
         os.kill(os.getpid(), signal.SIGTERM)
 
     exits.run(main, argparse.Namespace())
-    os.kill(os.getpid(), signal.SIGTERM)  # while the interpreter ends
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("leave", "code"), [("pass", 0), ("raise Stopped({10}, saved=True)", 75)])
+def test_signal_while_the_interpreter_ends_changes_no_exit_code(leave, code):
+    """By then Python has put the default handlers back: only what is ignored stays so."""
+    script = f"""
+import argparse, os, signal, torch
+from util import exits
+from util.dist import Dist
+from util.signals import Signals, Stopped
+
+class Last:
+    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM, write=os.write):
+        write(1, b"sent")
+        kill(own, number)
+
+last = Last()  # a module's contents go after the handlers
+
+def main(args):
+    with Signals(Dist(torch.device("cpu"))):
+        {leave}
+
+exits.run(main, argparse.Namespace())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout.endswith("sent")) == (code, True), done.stderr
 
 
 def test_signal_ends_with_its_own_code(train_log):

@@ -83,6 +83,16 @@ class Signals:
         return {number for number, vote in zip(CAUGHT, votes, strict=True) if vote}, bool(save)
 
 
+def ignore_from_now_on() -> None:
+    """Where signals are noted, for a process that is about to end: nobody looks at the notes any more.
+
+    As it ends, Python takes its handlers away, and a signal would be the exit code; what is ignored stays ignored.
+    """
+    for number in CAUGHT:
+        if getattr(signal.getsignal(number), "__func__", None) is Signals._note:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def leave_signals_to_the_trainer(_worker: int) -> None:
     """For a loader's worker: only the trainer obeys signals, which a batch system sends to all processes of a job.
 
