@@ -291,6 +291,13 @@ def test_batches_are_the_same_for_any_number_of_workers(name, tmp_path):
     assert not torch.equal(runs[0][0], runs[0][1])
 
 
+def test_a_loader_works_where_the_accelerator_is_no_cuda_one(six, monkeypatch):
+    """On a Mac torch.cuda.stream(None) fails: it asks torch.mps for its current device, and there is none."""
+    monkeypatch.setattr(torch._utils, "_get_available_device_type", lambda: "mps")
+    loader = eval_loader(Images(six, as_it_is), 6, env(), sharded=False, num_workers=0, pin_mem=True)
+    assert [labels.tolist() for _, labels in loader] == [[0, 1, 2, 3, 4, 5]]
+
+
 def test_augmentation_depends_on_seed_epoch_and_image(six):
     def item(seed, epoch, index):
         return Images([six[0]] * 2, TRAINING["pretrain"](32), seed)[epoch, index][0]

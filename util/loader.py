@@ -1,5 +1,6 @@
 """From a dataset to batches on the device: loader workers send uint8, the device mirrors and normalises."""
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -59,15 +60,15 @@ class DeviceLoader:
         self.to_device = to_device or _copy_to
         self.n_batches = len(loader) if n_batches is None else n_batches
         self.n_common = self.n_batches if n_common is None else n_common  # batches that no rank has fewer of
-        # one for all passes: memory of a stream is not given to another
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = _copy_stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return self.n_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for host_batch in self.loader:
-            with torch.cuda.stream(self.copies):  # does nothing without a stream
+            # not torch.cuda.stream(None), which fails where the accelerator is of another kind
+            with torch.cuda.stream(self.copies) if self.copies else contextlib.nullcontext():
                 batch = self.to_device(host_batch, self.device)
             if self.copies is not None:
                 current = torch.cuda.current_stream(self.device)
@@ -76,6 +77,11 @@ class DeviceLoader:
                     part.record_stream(current)  # its memory is not reused before the step is done with it
             pixels, mirror, labels = batch
             yield normalise(pixels, mirror), labels
+
+
+@functools.cache  # one for all loaders and passes: memory of a stream is not given to another
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _copy_to(batch: list[torch.Tensor], device: torch.device) -> Batch:
