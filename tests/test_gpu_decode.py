@@ -1,6 +1,7 @@
 """--decode cuda: the same code with the CPU in the GPU's place, where its pixels must be those of the ordinary path."""
 
 import io
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,7 +49,7 @@ def batches(images, sampler, decode):
     if decode == "cpu":
         return list(train_loader(images, sampler, num_workers=0, pin_mem=False))
     encoded = EncodedImages(images)
-    loader = torch.utils.data.DataLoader(encoded, batch_sampler=sampler, num_workers=1, collate_fn=list)
+    loader = torch.utils.data.DataLoader(encoded, batch_sampler=sampler, num_workers=1, collate_fn=encoded.collate)
     return list(DeviceLoader(loader, CPU.device, encoded.decode))
 
 
@@ -60,6 +61,20 @@ def test_draws_and_pixels_are_those_of_the_ordinary_path(recipe, files):
     for (imgs, labels), (expected_imgs, expected_labels) in zip(ours, expected, strict=True):
         assert torch.equal(labels, expected_labels)
         assert torch.equal(imgs, expected_imgs)
+
+
+def test_a_batch_on_its_way_holds_few_file_descriptors(files):
+    """A tensor for each image would take one each: 256 for two batches of each of two workers."""
+    resource = pytest.importorskip("resource")
+    encoded = EncodedImages(Images(files * 64, RECIPES["pretrain"]))
+    sampler = TrainSampler(320, 64, 1, CPU, seed=0)
+    loader = torch.utils.data.DataLoader(encoded, batch_sampler=sampler, num_workers=2, collate_fn=encoded.collate)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 80, hard))
+    try:
+        assert sum(len(batch.keys) for batch in loader) == 320
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_only_jpegs_that_the_gpu_knows_stay_encoded(files):

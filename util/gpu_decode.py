@@ -1,10 +1,11 @@
 """--decode cuda: loader workers read files and draw crops, the GPU decodes, crops and resizes JPEGs (nvJPEG)."""
 
 import io
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from util import rng
 from util.datasets import Images
@@ -14,6 +15,18 @@ from util.transforms import Box, RandomCrop, crop_and_resize
 
 # (bytes of a JPEG, its crop) or (pixels [h, w, 3], None); to be mirrored; label; key in the dataset
 Item = tuple[torch.Tensor, Box | None, bool, int, tuple[int, int]]
+
+
+class EncodedBatch(NamedTuple):
+    """A batch on the host: JPEGs with their crops, and pixels where `boxes` has None."""
+
+    jpegs: torch.Tensor  # all their bytes; a tensor each would take a file descriptor each on the way from the worker
+    sizes: list[int]  # of each JPEG, in bytes
+    pixels: torch.Tensor  # uint8 [n, h, w, 3]
+    boxes: list[Box | None]
+    mirror: torch.Tensor  # [N] bool
+    labels: torch.Tensor  # [N]
+    keys: list[tuple[int, int]]
 
 
 class EncodedImages(Dataset):
@@ -40,29 +53,46 @@ class EncodedImages(Dataset):
         box, mirror = self.transform.draw(*size)
         return data, box, mirror, label, key
 
-    def decode(self, items: list[Item], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Items -> uint8 [N, h, w, 3], to be mirrored [N], labels [N], on the device.
+    @staticmethod
+    def collate(items: list[Item]) -> EncodedBatch:
+        """What a worker sends."""
+        jpegs = [data for data, box, *_ in items if box is not None]
+        pixels = [data for data, box, *_ in items if box is None]
+        _, boxes, mirror, labels, keys = zip(*items, strict=True)
+        none = torch.empty(0, dtype=torch.uint8)
+        return EncodedBatch(
+            torch.cat(jpegs) if jpegs else none,
+            [len(jpeg) for jpeg in jpegs],
+            torch.stack(pixels) if pixels else none,
+            list(boxes),
+            torch.tensor(mirror),
+            torch.tensor(labels),
+            list(keys),
+        )
+
+    def decode(self, batch: EncodedBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """EncodedBatch -> uint8 [N, h, w, 3], to be mirrored [N], labels [N], on the device.
 
         Where the GPU cannot decode a JPEG or resize its crop, this batch is left to `images`, which names or replaces
         a broken file.
         """
+        mirror, labels = batch.mirror, batch.labels
         try:
-            pixels = self._pixels(items, device)
+            pixels = self._decode(batch, device)
         except RuntimeError as error:
             log.warning(f"a batch is decoded on the CPU, since the GPU cannot: {str(error).splitlines()[0]}")
-            items = [(pixels, None, *rest) for *_, key in items for pixels, *rest in [(*self.images[key], key)]]
-            pixels = self._pixels(items, device)
-        _, _, mirror, labels, _ = zip(*items, strict=True)
-        return torch.stack(pixels), _to_device(mirror, device), _to_device(labels, device)
+            pixels, mirror, labels = default_collate([self.images[key] for key in batch.keys])
+        return tuple(_to_device(part, device) for part in (pixels, mirror, labels))
 
-    def _pixels(self, items: list[Item], device: torch.device) -> list[torch.Tensor]:
-        jpegs = [data for data, box, *_ in items if box is not None]
-        decoded = iter(_decode_jpegs(jpegs, device) if jpegs else [])
-        return [
-            data.to(device, non_blocking=True) if box is None
-            else crop_and_resize(next(decoded), box, self.transform.size)
-            for data, box, *_ in items
-        ]  # fmt: skip
+    def _decode(self, batch: EncodedBatch, device: torch.device) -> torch.Tensor:
+        decoded = iter(_decode_jpegs(list(batch.jpegs.split(batch.sizes)), device) if batch.sizes else [])
+        ready = iter(_to_device(batch.pixels, device))
+        return torch.stack(
+            [
+                next(ready) if box is None else crop_and_resize(next(decoded), box, self.transform.size)
+                for box in batch.boxes
+            ]
+        )
 
 
 def check_gpu_decode(transform: RandomCrop, device: torch.device) -> None:
@@ -95,6 +125,7 @@ def _decode_jpegs(jpegs: list[torch.Tensor], device: torch.device) -> list[torch
     return decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
 
 
-def _to_device(values: tuple, device: torch.device) -> torch.Tensor:
-    host = torch.tensor(values)
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+def _to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and part.device.type == "cpu":
+        part = part.pin_memory()  # else the host would wait for the copy
+    return part.to(device, non_blocking=True)

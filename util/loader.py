@@ -120,7 +120,7 @@ def train_loader(
     if decode == "cuda":
         check_gpu_decode(dataset.transform, device)
         encoded = EncodedImages(dataset)
-        options |= {"collate_fn": list, "pin_memory": False}  # nvJPEG reads ordinary memory
+        options |= {"collate_fn": encoded.collate, "pin_memory": False}  # nvJPEG reads ordinary memory
     loader = DataLoader(encoded or dataset, batch_sampler=sampler, persistent_workers=num_workers > 0, **options)
     return DeviceLoader(loader, device, encoded and encoded.decode)
 
