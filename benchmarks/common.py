@@ -24,7 +24,8 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
 def measure_in_turn(rivals: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Name -> its figures, one a round. Each round calls all rivals, so that a drift of the machine meets them all.
 
-    A first round warms up and does not count. A rival that raises RuntimeError (out of memory) has no figures.
+    A first round warms up and does not count. A rival that raises RuntimeError (out of memory) or ImportError (its
+    library is not here) has no figures.
     """
     figures: dict[str, list[float]] = {name: [] for name in rivals}
     failed: set[str] = set()
@@ -34,7 +35,7 @@ def measure_in_turn(rivals: dict[str, Callable[[], float]], rounds: int) -> dict
                 continue
             try:
                 figure = run()
-            except RuntimeError as error:
+            except (RuntimeError, ImportError) as error:
                 print(f"{name}: left out ({str(error).splitlines()[0]})", file=sys.stderr)
                 failed.add(name)
                 figures[name].clear()

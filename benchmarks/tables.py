@@ -137,8 +137,12 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help=f"any of {', '.join(RUNS)} (default: those of this machine's kind)")
     add("--fill", action="store_true", help="measure nothing, fill the tables from the files (default: off)")
-    add("--results", type=Path, default=ROOT / "benchmarks" / "results",
-        help="folder of the files (default: benchmarks/results)")  # fmt: skip
+    add(
+        "--results",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="folder of the files; BENCHMARKS.md follows another with --fill alone (default: benchmarks/results)",
+    )
     args = parser.parse_args(argv)
     if unknown := set(args.runs) - RUNS.keys():
         parser.error(f"{', '.join(sorted(unknown))}: no such run; see --help")
@@ -153,8 +157,9 @@ def main(argv: list[str] | None = None) -> None:
             RUNS[name].measure(args.results / f"{name}.json", on_cpu=name.startswith("cpu"))
         except subprocess.CalledProcessError:
             failed.append(name)
-    document = ROOT / "BENCHMARKS.md"
-    document.write_text(fill(document.read_text(), args.results))
+    if args.fill or args.results == parser.get_default("results"):  # another folder need not have all that is shown
+        document = ROOT / "BENCHMARKS.md"
+        document.write_text(fill(document.read_text(), args.results))
     if failed:
         sys.exit(f"these failed, and their cells are as before: {', '.join(failed)}")
 
