@@ -113,6 +113,7 @@ def test_attention_is_the_faster_one_for_device_and_precision(device, dtype, fus
         chosen = [block.attn.fused_attn for block in model.modules() if isinstance(block, Block)]
         assert len(chosen) >= 4 and set(chosen) == {fused}
         assert torch.get_float32_matmul_precision() == ("highest" if dtype is None else "high")
+        assert torch.backends.cudnn.allow_tf32 == (dtype is not None)
     torch.set_float32_matmul_precision("highest")
 
 

@@ -17,6 +17,7 @@ def choose_kernels(model: nn.Module, dtype: torch.dtype | None, device: torch.de
     run, and resuming be inexact.
     """
     torch.set_float32_matmul_precision("highest" if dtype is None else "high")
+    torch.backends.cudnn.allow_tf32 = dtype is not None  # of convolutions: the patch projection
     fused = not (device.type == "cpu" and dtype is torch.bfloat16)
     for module in model.modules():
         if isinstance(module, Attention):
