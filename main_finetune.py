@@ -152,7 +152,8 @@ def main(args: argparse.Namespace) -> None:
     lr = scaled_lr(args.lr, args.blr, effective_batch)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    # fused updates leave out a gradient that is not finite; on mps not in every torch (pytorch pull request 186360)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=env.device.type != "mps")
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
     images_per_step = args.batch_size * env.world_size
     throughput = flops.throughput(flops.classifier_macs(model), images_per_step, env, args.peak_tflops)
