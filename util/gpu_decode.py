@@ -13,6 +13,8 @@ from util.errors import UserError
 from util.log import log
 from util.transforms import Box, RandomCrop, crop_and_resize
 
+END_OF_JPEG = b"\xff\xd9"
+
 # (bytes of a JPEG, its crop) or (pixels [h, w, 3], None); to be mirrored; label; key in the dataset
 Item = tuple[torch.Tensor, Box | None, bool, int, tuple[int, int]]
 
@@ -107,7 +109,12 @@ def check_gpu_decode(transform: RandomCrop, device: torch.device) -> None:
 
 
 def _jpeg_size(data: torch.Tensor) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that the GPU decodes, from its header; None for every other file."""
+    """(height, width) of a JPEG that the GPU decodes, from its header; None for every other file.
+
+    One that is cut short, without the end's mark, would be half a picture there; on the CPU it is an error.
+    """
+    if END_OF_JPEG not in data[-1024:].numpy().tobytes():  # the mark, and what some cameras write behind it
+        return None
     try:
         with Image.open(io.BytesIO(data.numpy()), formats=["JPEG"]) as image:
             return (image.height, image.width) if image.mode in ("RGB", "L") else None
