@@ -12,9 +12,9 @@ def choose_kernels(model: nn.Module, dtype: torch.dtype | None, device: torch.de
     """Fast kernels for computing in `dtype` (None: float32) on `device`.
 
     Where a lower precision was chosen, the float32 products that autocast leaves may use TF32. Attention is fused, but
-    in bf16 on a CPU: there torch's fused kernel takes 1.2 to 7 times as long as two products and a softmax, in float32
-    0.1 to 0.7 times (BENCHMARKS.md). cuDNN's timing of algorithms stays off: it would choose differently from run to
-    run, and resuming be inexact.
+    in bf16 on a CPU: there torch's fused kernel takes 1.2 to 10 times as long as two products and a softmax, in float32
+    less (BENCHMARKS.md). cuDNN's timing of algorithms stays off: it would choose differently from run to run, and
+    resuming be inexact.
     """
     torch.set_float32_matmul_precision("highest" if dtype is None else "high")
     torch.backends.cudnn.allow_tf32 = dtype is not None  # of convolutions: the patch projection
