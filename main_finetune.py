@@ -11,7 +11,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, exits, flops, loader, readers, record, rng, speed
+from util import checkpoint, cli, datasets, exits, flops, loader, readers, record, rng, speed, workers
 from util.dist import init_distributed, shutdown, wrap
 from util.errors import UserError
 from util.log import RunLog, log, setup_logging
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         (train_transform, eval_transform(args.input_size)),
         args.nb_classes, env, args.dist_eval, args.seed, args.skip_bad_images,
     )  # fmt: skip
-    num_workers = loader.available_workers(args.num_workers, env)
+    num_workers = workers.available_workers(args.num_workers, env)
     val_loader = loader.eval_loader(
         val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem, args.loader_timeout
     )
@@ -152,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
     lr = scaled_lr(args.lr, args.blr, effective_batch)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    # fused updates leave out a gradient that is not finite; on mps not in every torch (pytorch pull request 186360)
+    # fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=env.device.type != "mps")
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
     images_per_step = args.batch_size * env.world_size

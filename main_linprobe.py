@@ -7,7 +7,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, exits, flops, loader, readers, record, rng, speed
+from util import checkpoint, cli, datasets, exits, flops, loader, readers, record, rng, speed, workers
 from util.dist import init_distributed, shutdown, wrap
 from util.lars import LARS
 from util.log import RunLog, log, setup_logging
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
         (train_transform, eval_transform(args.input_size)),
         args.nb_classes, env, args.dist_eval, args.seed, args.skip_bad_images,
     )  # fmt: skip
-    num_workers = loader.available_workers(args.num_workers, env)
+    num_workers = workers.available_workers(args.num_workers, env)
     val_loader = loader.eval_loader(
         val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem, args.loader_timeout
     )

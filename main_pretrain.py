@@ -7,7 +7,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, exits, flops, loader, readers, record, rng, speed
+from util import cli, datasets, exits, flops, loader, readers, record, rng, speed, workers
 from util.dist import init_distributed, shutdown, wrap
 from util.log import RunLog, log, setup_logging
 from util.lr_sched import Schedule, scaled_lr
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
         args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images
     )
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
-    num_workers = loader.available_workers(args.num_workers, env)
+    num_workers = workers.available_workers(args.num_workers, env)
     train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout)
     folder = None if args.dataset else args.data_path
     watch = Watch(
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     lr = scaled_lr(args.lr, args.blr, effective_batch)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     groups = param_groups_weight_decay(model, args.weight_decay)
-    # fused updates leave out a gradient that is not finite; on mps not in every torch (pytorch pull request 186360)
+    # fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=env.device.type != "mps")
     dtype = autocast_dtype(args.amp, env.device)
     speed.choose_kernels(model, dtype, env.device)

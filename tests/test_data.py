@@ -25,8 +25,9 @@ from util.datasets import (
 )
 from util.dist import Dist
 from util.errors import UserError
-from util.loader import available_workers, eval_loader, normalise, train_loader
+from util.loader import eval_loader, normalise, train_loader
 from util.transforms import eval_transform, finetune_transform, linprobe_transform, pretrain_transform
+from util.workers import available_workers
 
 
 def env(rank: int = 0, world_size: int = 1, per_node: int = 1) -> Dist:

@@ -100,17 +100,26 @@ def test_signal_after_the_last_step_changes_no_exit_code():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(("leave", "code"), [("pass", 0), ("raise Stopped({10}, saved=True)", 75)])
-def test_signal_while_the_interpreter_ends_changes_no_exit_code(leave, code):
+@pytest.mark.parametrize(
+    ("leave", "code", "number"),
+    [
+        pytest.param("pass", 0, "SIGTERM", id="the end"),
+        pytest.param("raise Stopped({10}, saved=True)", 75, "SIGTERM", id="a stop"),
+        pytest.param("raise Stopped({10}, saved=True)", 75, "SIGUSR1", id="a stop, and another signal"),
+        pytest.param("sys.exit(75)", 75, "SIGTERM", id="a stop under submitit"),
+        pytest.param("1 / 0", 1, "SIGTERM", id="a crash"),
+    ],
+)
+def test_signal_while_the_interpreter_ends_changes_no_exit_code(leave, code, number):
     """By then Python has put the default handlers back: only what is ignored stays so."""
     script = f"""
-import argparse, os, signal, torch
+import argparse, os, signal, sys, torch
 from util import exits
 from util.dist import Dist
 from util.signals import Signals, Stopped
 
 class Last:
-    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM, write=os.write):
+    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{number}, write=os.write):
         write(1, b"sent")
         kill(own, number)
 

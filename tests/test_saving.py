@@ -25,7 +25,6 @@ from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.files import checkpoints, save
-from util.loader import explain
 from util.log import RunLog
 from util.progress import Part
 from util.resume import Start, newest, refuse_second_run, resume, will_resume
@@ -34,6 +33,7 @@ from util.saving import Saver
 from util.signals import Stopped
 from util.step import Step
 from util.transforms import eval_transform
+from util.workers import explain
 
 ENV = Dist(torch.device("cpu"))
 OPTIONS = {

@@ -12,9 +12,9 @@ import torch.distributed
 
 from util.dist import is_spared, shutdown, spare_others
 from util.errors import NonFiniteLossError, NotSavedError, UserError
-from util.loader import explain
 from util.log import log
 from util.signals import Signals, Stopped, ignore_from_now_on
+from util.workers import explain
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2  # as argparse does
@@ -31,10 +31,10 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         code = _run(main, args)
     finally:
         Signals.process_ends_too = False
+        ignore_from_now_on()
     # here nothing of the run is referred to any more, but in circles: threads of a process group that lives until the
     # interpreter ends may abort it (pytorch issue 190489)
     gc.collect()
-    ignore_from_now_on()
     if code:
         sys.exit(code)
 

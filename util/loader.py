@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -12,12 +11,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from util import rng
 from util.datasets import Images, TrainSampler
-from util.dist import Dist, available_cores
+from util.dist import Dist
 from util.errors import UserError
 from util.gpu_decode import EncodedImages, check_gpu_decode
-from util.log import log
 from util.readers import Stream
-from util.signals import leave_signals_to_the_trainer
+from util.workers import batches, worker_options
 
 
 def normalise(pixels: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
@@ -66,7 +64,7 @@ class DeviceLoader:
         return self.n_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for host_batch in self.loader:
+        for host_batch in batches(self.loader):
             # not torch.cuda.stream(None), which fails where the accelerator is of another kind
             with torch.cuda.stream(self.copies) if self.copies else contextlib.nullcontext():
                 batch = self.to_device(host_batch, self.device)
@@ -89,16 +87,6 @@ def _copy_to(batch: list[torch.Tensor], device: torch.device) -> Batch:
     return pixels, mirror, labels
 
 
-def explain(error: Exception) -> str | None:
-    """What to do about an error of the loader's workers; None for other errors."""
-    text = str(error).split("\n")[0].strip()
-    if "DataLoader timed out" in text:
-        return f"no image came ({text}): the disk stalls; mend it, or raise --loader_timeout"
-    if "DataLoader worker (pid" in text:  # "Caught IndexError in DataLoader worker process 0" is an error like others
-        return f"a loader worker died ({text}): most often memory ran out; lower --num_workers or --batch_size"
-    return None
-
-
 def train_loader(
     dataset: Images | Stream, sampler: TrainSampler, num_workers: int, pin_mem: bool, decode: str = "cpu",
     timeout_seconds: float = 0,
@@ -109,7 +97,7 @@ def train_loader(
     Workers that send nothing for `timeout_seconds` (0: any time) raise RuntimeError, which `explain` puts into words.
     """
     device = sampler.env.device
-    options = _worker_options(num_workers, pin_mem, device, timeout_seconds)
+    options = worker_options(num_workers, pin_mem, device, timeout_seconds)
     if isinstance(dataset, Stream):
         if decode == "cuda":
             raise UserError(
@@ -130,7 +118,7 @@ def eval_loader(
     timeout_seconds: float = 0,
 ) -> DeviceLoader:  # fmt: skip
     """Every image once, in order; with `sharded`, once over all ranks together (shares of files differ by one)."""
-    options = _worker_options(num_workers, pin_mem, env.device, timeout_seconds)
+    options = worker_options(num_workers, pin_mem, env.device, timeout_seconds)
     if isinstance(dataset, Stream):
         loader = DataLoader(_Pass(dataset, epoch=0), batch_size=batch_size, **options)
         # a guess, for the progress: a stream need not tell its length, and shares are of whole shards
@@ -141,18 +129,6 @@ def eval_loader(
     loader = DataLoader(dataset, sampler=indices, batch_size=batch_size, persistent_workers=keep, **options)
     n_common = len(dataset) // env.world_size // batch_size if sharded else None
     return DeviceLoader(loader, env.device, n_common=n_common)
-
-
-def _worker_options(num_workers: int, pin_mem: bool, device: torch.device, timeout_seconds: float) -> dict:
-    # a fork server, Python 3.14's default, starts workers with threads, which no worker can keep from obeying SIGTERM
-    fork = num_workers > 0 and sys.platform == "linux"
-    return {
-        "multiprocessing_context": "fork" if fork else None,
-        "num_workers": num_workers,
-        "pin_memory": pin_mem and device.type == "cuda",
-        "worker_init_fn": leave_signals_to_the_trainer,
-        "timeout": timeout_seconds if num_workers else 0,
-    }
 
 
 class _Pass(IterableDataset):
@@ -195,12 +171,3 @@ class StreamBatches:
                 f"the dataset ended after {done} of {n_batches} batches: does it hold {len(self.stream)} images, each "
                 "with its label, in at least one shard for each worker of each process? Lower --num_workers otherwise"
             )
-
-
-def available_workers(num_workers: int, env: Dist) -> int:
-    """`num_workers` per process, capped at this process's share of the machine's cores, with a line saying so."""
-    cores = available_cores()
-    share = max(cores // env.local_world_size, 1)
-    if num_workers > share:
-        log.info(f"--num_workers {num_workers} capped at {share}: {cores} cores, {env.local_world_size} processes here")
-    return min(num_workers, share)

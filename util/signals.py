@@ -84,11 +84,11 @@ class Signals:
 
 
 def ignore_from_now_on() -> None:
-    """Where signals are noted, for a process that is about to end: nobody looks at the notes any more.
+    """Ignore the signals that `Signals` notes, but Ctrl-C; for a process that is about to end.
 
     As it ends, Python takes its handlers away, and a signal would be the exit code; what is ignored stays ignored.
     """
-    for number in CAUGHT:
+    for number in set(CAUGHT) - {signal.SIGINT}:
         if getattr(signal.getsignal(number), "__func__", None) is Signals._note:
             signal.signal(number, signal.SIG_IGN)
 
