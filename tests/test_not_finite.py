@@ -21,6 +21,7 @@ from util.strikes import IN_A_ROW, WINDOW, Strikes
 DEVICE = torch.device("cpu")
 OPTIMIZERS = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1, weight_decay=0.1, fused=True),
+    "AdamW, not fused": lambda params: torch.optim.AdamW(params, lr=0.1, weight_decay=0.1, fused=False),  # as on mps
     "LARS": lambda params: LARS(params, lr=0.1, weight_decay=0.1),
 }
 

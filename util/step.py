@@ -29,13 +29,12 @@ def _cpu_computes_bf16() -> bool:
 class Step:
     """Forward and backward in the chosen precision; every `accum_iter`-th call updates the weights.
 
-    An update whose gradient is not finite on any rank is left out, on the device: by loss scaling with fp16, else here.
-    It takes an optimizer that can, as fused ones and LARS; others would let such a gradient into the weights.
+    An update whose gradient is not finite on any rank is left out: by loss scaling with fp16, else here.
 
-    Nothing here waits for the device, but for fp16 with an optimizer that cannot: torch's loss scaling then reads one
-    value an update. `grad_norm` is the norm of the last update's gradient before clipping to `clip_grad`, a maximum
-    norm; it stays on the device, and is NaN before the first update. With fp16 it is not finite where loss scaling
-    overflowed, which is no fault.
+    Nothing here waits for the device where the optimizer can leave out an update there, as fused ones and LARS can; for
+    others the host reads one value an update. `grad_norm` is the norm of the last update's gradient before clipping to
+    `clip_grad`, a maximum norm; it stays on the device, and is NaN before the first update. With fp16 it is not finite
+    where loss scaling overflowed, which is no fault.
     """
 
     def __init__(
@@ -52,7 +51,8 @@ class Step:
         self.device, self.dtype = device, dtype
         # only fp16 has too few exponent bits for small gradients; disabled, the scaler passes everything through
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self.skips = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
+        self.skips = not self.scaler.is_enabled()  # here; a norm that is not finite is a fault then
+        self.on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.grad_norm = torch.full((), math.nan, device=device)
         self.under_way = self.dropped = False  # passes since the last update; whether the next update is left out
 
@@ -89,9 +89,12 @@ class Step:
         else:
             grads = [param.grad for param in self.model.parameters() if param.grad is not None]
             self.grad_norm = nn.utils.get_total_norm(grads)
-        if self.skips:  # the way of torch's loss scaling; DDP has averaged the gradients, so all ranks agree
+        if self.skips and self.on_device:  # the way of torch's loss scaling
             self.optimizer.grad_scale = None
             self.optimizer.found_inf = (~self.grad_norm.isfinite()).float()
+        elif self.skips and not self.grad_norm.isfinite():  # DDP has averaged the gradients, so all ranks agree
+            self.optimizer.zero_grad()
+            return
         self.scaler.step(self.optimizer)  # skips the step where scaled gradients overflowed
         self.scaler.update()
         self.optimizer.zero_grad()
