@@ -2,7 +2,8 @@
 
 Measures the runs that this machine is for (those of a GPU where there is one, else those of a CPU), writes each one's
 figures to benchmarks/results/RUN.json, and fills the tables of BENCHMARKS.md from all such files; what was not measured
-stays empty. `python -m benchmarks.tables RUN ...` measures these runs alone, --fill none.
+stays empty. `python -m benchmarks.tables RUN ...` measures these runs alone, --fill none. With --results FOLDER the
+files go there, and the tables stay as they are.
 """
 
 import argparse
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         "--results",
         type=Path,
         default=ROOT / "benchmarks" / "results",
-        help="folder of the files; BENCHMARKS.md follows another with --fill alone (default: benchmarks/results)",
+        help="folder of the files; with another one, --fill alone changes BENCHMARKS.md (default: benchmarks/results)",
     )
     args = parser.parse_args(argv)
     if unknown := set(args.runs) - RUNS.keys():
@@ -157,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
             RUNS[name].measure(args.results / f"{name}.json", on_cpu=name.startswith("cpu"))
         except subprocess.CalledProcessError:
             failed.append(name)
-    if args.fill or args.results == parser.get_default("results"):  # another folder need not have all that is shown
+    # another folder need not have all figures that are shown
+    if args.fill or args.results.resolve() == parser.get_default("results").resolve():
         document = ROOT / "BENCHMARKS.md"
         document.write_text(fill(document.read_text(), args.results))
     if failed:

@@ -159,6 +159,10 @@ def test_a_run_has_its_variables_and_none_of_the_other_kind_of_device(monkeypatc
     tables.main(["--fill", "--results", str(tmp_path)])
     assert (tmp_path / "BENCHMARKS.md").read_text().count("not measured") > measured.count("not measured")
     assert len(ran) == 2
+    monkeypatch.setattr(tables, "fill", lambda text, results: f"filled from {results.name}")
+    tables.main(["gpu_base"])  # into the default folder
+    assert (tmp_path / "BENCHMARKS.md").read_text() == "filled from results"
+    del ran[-1]
     tables.main(["--results", str(tmp_path)])
     assert len(ran) == 2 + sum(name.startswith("gpu") for name in tables.RUNS)
     monkeypatch.setattr(tables.torch.cuda, "is_available", lambda: False)

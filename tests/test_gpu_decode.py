@@ -12,12 +12,12 @@ import torchvision.io
 from helpers import project_log, run, write_image_folder
 from PIL import Image
 
-from util import gpu_decode
+from util import gpu_decode, loader
 from util.datasets import Images, TrainSampler
 from util.dist import Dist
 from util.errors import UserError
 from util.gpu_decode import EncodedImages
-from util.loader import DeviceLoader, train_loader
+from util.loader import train_loader
 from util.transforms import finetune_transform, linprobe_transform, pretrain_transform
 
 CPU = Dist(torch.device("cpu"))
@@ -48,9 +48,9 @@ def batches(images, sampler, decode):
     """[(imgs, labels), ...] of one epoch; decode "cuda" leaves JPEGs encoded, and decodes them on the CPU."""
     if decode == "cpu":
         return list(train_loader(images, sampler, num_workers=0, pin_mem=False))
-    encoded = EncodedImages(images)
-    loader = torch.utils.data.DataLoader(encoded, batch_sampler=sampler, num_workers=1, collate_fn=encoded.collate)
-    return list(DeviceLoader(loader, CPU.device, encoded.decode))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "check_gpu_decode", lambda *_: None)  # which would refuse the CPU
+        return list(train_loader(images, sampler, num_workers=1, pin_mem=False, decode="cuda"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -64,15 +64,17 @@ def test_draws_and_pixels_are_those_of_the_ordinary_path(recipe, files):
 
 
 def test_a_batch_on_its_way_holds_few_file_descriptors(files):
-    """A tensor for each image would take one each: 256 for two batches of each of two workers."""
+    """A tensor for each JPEG would take one each: 256 for two batches of each of two workers."""
     resource = pytest.importorskip("resource")
-    encoded = EncodedImages(Images(files * 64, RECIPES["pretrain"]))
+    encoded = EncodedImages(Images(files[:2] * 160, RECIPES["pretrain"]))
     sampler = TrainSampler(320, 64, 1, CPU, seed=0)
-    loader = torch.utils.data.DataLoader(encoded, batch_sampler=sampler, num_workers=2, collate_fn=encoded.collate)
+    small_batches = torch.utils.data.DataLoader(
+        encoded, batch_sampler=sampler, num_workers=2, collate_fn=encoded.collate, timeout=20
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 80, hard))
     try:
-        assert sum(len(batch.keys) for batch in loader) == 320
+        assert sum(len(batch.keys) for batch in small_batches) == 320
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -110,6 +112,21 @@ def test_a_broken_or_missing_file_is_replaced_and_listed(files, tmp_path):
     assert sorted(labels.tolist()) == [0, 2, 2, 4, 4]
     assert images.take_bad() == [files[1][0], files[3][0]]
     assert torch.equal(imgs, batches(images, sampler, "cpu")[0][0])
+
+
+def test_a_jpeg_that_fails_in_the_decoder_is_replaced_with_its_label(files):
+    data = bytearray(open(files[1][0], "rb").read())
+    codes = data.index(b"\xff\xc4") + 4  # of a Huffman table
+    data[codes : codes + 20] = b"\xff" * 20
+    open(files[1][0], "wb").write(data)
+    images, sampler = Images(files, RECIPES["pretrain"], skip_bad=True), TrainSampler(5, 5, 1, CPU, seed=0)
+    assert EncodedImages(images)[0, 1][1] is not None  # it is left to the GPU
+    with project_log() as lines:
+        (imgs, labels), = batches(images, sampler, "cuda")  # fmt: skip
+    assert "decoded on the CPU, since the GPU cannot" in lines[0]
+    assert sorted(labels.tolist()) == [0, 2, 2, 3, 4]
+    expected, expected_labels = batches(images, sampler, "cpu")[0]
+    assert torch.equal(imgs, expected) and torch.equal(labels, expected_labels)
 
 
 def test_a_crop_that_the_gpu_cannot_resize_is_left_to_the_cpu(files, monkeypatch):

@@ -13,11 +13,11 @@ def choose_kernels(model: nn.Module, dtype: torch.dtype | None, device: torch.de
 
     Where a lower precision was chosen, the float32 products that autocast leaves may use TF32. Attention is fused, but
     in bf16 on a CPU: there torch's fused kernel takes 1.2 to 10 times as long as two products and a softmax, in float32
-    less (BENCHMARKS.md). cuDNN's timing of algorithms stays off: it would choose differently from run to run, and
-    resuming be inexact.
+    0.6 to 0.9 times (BENCHMARKS.md). cuDNN's timing of algorithms stays off: it would choose differently from run to
+    run, and resuming be inexact.
     """
     torch.set_float32_matmul_precision("highest" if dtype is None else "high")
-    torch.backends.cudnn.allow_tf32 = dtype is not None  # of convolutions: the patch projection
+    torch.backends.cudnn.allow_tf32 = dtype is not None  # of convolutions: a classifier's patch projection
     fused = not (device.type == "cpu" and dtype is torch.bfloat16)
     for module in model.modules():
         if isinstance(module, Attention):
