@@ -13,7 +13,7 @@ import torch.distributed
 from util.dist import is_spared, shutdown, spare_others
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.log import log
-from util.signals import Signals, Stopped, ignore_from_now_on
+from util.signals import Signals, Stopped
 from util.workers import explain
 
 EXIT_FAILED = 1
@@ -31,7 +31,6 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         code = _run(main, args)
     finally:
         Signals.process_ends_too = False
-        ignore_from_now_on()
     # here nothing of the run is referred to any more, but in circles: threads of a process group that lives until the
     # interpreter ends may abort it (pytorch issue 190489)
     gc.collect()

@@ -33,9 +33,9 @@ class Signals:
     A second Ctrl-C, 3 seconds or more after the first, ends the process at once.
     """
 
-    process_ends_too = (
-        False  # where it does, as after a script's main(), signals are noted to the end and change no code
-    )
+    # whether the process ends after the `with`, as a script does: then signals change its exit code no more. As it
+    # ends, Python puts default handlers back, but what is ignored stays ignored
+    process_ends_too = False
 
     def __init__(self, env: Dist) -> None:
         self.env = env
@@ -51,10 +51,11 @@ class Signals:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.process_ends_too:
-            return
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if not self.process_ends_too:
+                signal.signal(number, handler)
+            elif number != signal.SIGINT:  # which must still end a process that hangs
+                signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, _frame) -> None:
         if number == signal.SIGINT and time.monotonic() - self.seen.get(number, time.monotonic()) > 3:
@@ -81,16 +82,6 @@ class Signals:
         self.interval = max(1, min(ASK_STEPS, int(ASK_SECONDS / max(step_seconds, 1e-6))))
         self.steps, self.asked = 0, now
         return {number for number, vote in zip(CAUGHT, votes, strict=True) if vote}, bool(save)
-
-
-def ignore_from_now_on() -> None:
-    """Ignore the signals that `Signals` notes, but Ctrl-C; for a process that is about to end.
-
-    As it ends, Python takes its handlers away, and a signal would be the exit code; what is ignored stays ignored.
-    """
-    for number in set(CAUGHT) - {signal.SIGINT}:
-        if getattr(signal.getsignal(number), "__func__", None) is Signals._note:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def leave_signals_to_the_trainer(_worker: int) -> None:
