@@ -14,7 +14,7 @@ from util.log import log
 from util.signals import leave_signals_to_the_trainer
 
 _waiting = False  # for a batch: nowhere else may a worker's death interrupt the trainer
-_torch_s_handler = None
+_torch_handler = None
 
 
 def available_workers(num_workers: int, env: Dist) -> int:
@@ -67,24 +67,24 @@ def batches(loader: Iterable) -> Iterator:
 
 
 def _look_for_deaths() -> None:
-    if _torch_s_handler is not None:
-        _torch_s_handler(signal.SIGCHLD, None)
+    if _torch_handler is not None:
+        _torch_handler(signal.SIGCHLD, None)
 
 
 def _defer_deaths() -> None:
     """Put this module's handler before torch's, which is there from the first loader with workers on."""
-    global _torch_s_handler
+    global _torch_handler
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return
     handler = signal.getsignal(signal.SIGCHLD)
     if callable(handler) and handler is not _on_death:
-        _torch_s_handler = handler
+        _torch_handler = handler
         signal.signal(signal.SIGCHLD, _on_death)
 
 
 def _on_death(number: int, frame: Any) -> None:
     if _waiting:
-        _torch_s_handler(number, frame)
+        _torch_handler(number, frame)
 
 
 def explain(error: Exception) -> str | None:
