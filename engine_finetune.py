@@ -11,10 +11,10 @@ from torch import nn
 from util import rng
 from util.dist import Dist, share_buffers, sum_over_ranks
 from util.loader import DeviceLoader
-from util.log import RunLog, log
+from util.log import log
 from util.lr_sched import Schedule, adjust_learning_rate
-from util.progress import Part, Progress, Throughput
-from util.saving import Saver
+from util.progress import Progress
+from util.run import Run
 from util.step import Step
 
 
@@ -25,69 +25,55 @@ def train_one_epoch(
     step: Step,
     schedule: Schedule,
     epoch: int,
+    run: Run,
     *,
     erase: RandomErasing | None = None,
     mixup: Mixup | None = None,
     seed: int,
-    env: Dist,
-    run_log: RunLog,
-    throughput: Throughput | None = None,
-    done: Part | None = None,
-    saver: Saver | None = None,
 ) -> dict[str, float]:
     """Train on every batch of `loader`; returns the epoch's mean `loss` and `lr`, over all ranks.
 
     `criterion` takes logits [N, classes] and labels [N], or soft targets [N, classes] where `mixup` is given. The
-    number of batches is a multiple of `step.accum_iter`. `done` is the part of the epoch that the loader leaves out.
-    Raises NonFiniteLossError, and through `saver` Stopped after a signal, on all ranks together.
+    number of batches is a multiple of `step.accum_iter`. Raises NonFiniteLossError, and after a signal Stopped, on all
+    ranks together.
     """
     model.train()
     n = len(loader)
-    progress = Progress(loader, f"Epoch: [{epoch}]", every=20, env=env, throughput=throughput, done=done)
-    if saver is not None:
-        saver.begin(epoch, progress, step)
-    for i, (imgs, targets) in progress:
+    for i, (imgs, targets) in run.epoch(epoch, loader):
         if i % step.accum_iter == 0:
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
-        rng.seed_step(seed, epoch * n + i, env.rank)  # decides erasing, mixing and stochastic depth
+        # erasing, mixing and stochastic depth are functions of (seed, step, rank)
+        rng.seed_step(seed, epoch * n + i, run.env.rank)
+        # on the device, after normalisation: erased pixels are noise of the scale of normalised ones (appendix A.1)
         if erase is not None:
             imgs = erase(imgs)
         if mixup is not None:
             imgs, targets = mixup(imgs, targets)
         update = (i + 1) % step.accum_iter == 0
+        # softmax and its logarithm in float32 whatever the model computes in: bf16 keeps 3 digits of a logit
         loss = step(lambda: criterion(model(imgs).float(), targets), update)  # noqa: B023
-
-        judged = update and step.skips
-        progress.add(i, lr=lr, loss=loss, grad_norm=step.grad_norm, judged=judged)
-        saving = update and saver is not None and saver.due()
-        if progress.due(i) or saving:
-            steps = progress.read()  # the host waits for the device; of several processes also in saver.due
-            run_log.steps(epoch, n, steps, progress.rates, loss_name="loss")
-        if saving:
-            saver.save_part()
-    return progress.averages()
+        run.after_step(i, loss=loss, lr=lr)  # the host waits for the device in here, and nowhere else
+    return run.means()
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    loader: DeviceLoader,
-    env: Dist,
-    dtype: torch.dtype | None,
-    sharded: bool,
-    saver: Saver | None = None,
+    model: nn.Module, loader: DeviceLoader, env: Dist, dtype: torch.dtype | None, sharded: bool, run: Run | None = None
 ) -> dict[str, float]:
     """Mean cross-entropy `loss` and accuracies `acc1`, `acc5` (%, the latter top-min(5, classes)) over all images.
 
-    `sharded`: the ranks hold disjoint shares of the images, which are added up; else each rank has them all. Raises
-    Stopped, through `saver`, after a signal.
+    `sharded`: the ranks hold disjoint shares of the images, which are added up; else each rank has them all. Within a
+    `run`, a signal ends it with Stopped.
     """
     model.eval()
     share_buffers(model)
+    # sums over 50,000 images: float32 would round each addition of a loss to 3 digits
     exact = torch.float32 if env.device.type == "mps" else torch.float64  # mps has no float64
     totals = torch.zeros(4, dtype=exact, device=env.device)  # images, loss, correct in 1, correct in 5
-    progress = Progress(loader, "Test:", every=10, env=env, reduce=False)
+    progress = Progress(loader, "Test:", every=10, env=env)
     for i, (imgs, labels) in progress:
+        if run is not None and run.told:
+            break
         with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(imgs).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -96,9 +82,9 @@ def evaluate(
         totals += torch.stack([values.to(exact).sum() for values in per_image])
         progress.add(i, loss=losses.mean())
         if progress.due(i):
-            progress.read()
-        if saver is not None and i < loader.n_common:  # ranks must ask one another equally often
-            saver.leave_if_told()
+            progress.log_line(len(progress.read()))
+    if run is not None:
+        run.leave_if_told()  # all ranks together: each may have another number of batches
     n_images, loss, top1, top5 = (sum_over_ranks(totals) if sharded else totals).tolist()
     stats = {"loss": loss / n_images, "acc1": 100 * top1 / n_images, "acc5": 100 * top5 / n_images}
     log.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))

@@ -11,14 +11,14 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, exits, flops, loader, readers, record, rng, speed, workers
-from util.dist import init_distributed, shutdown, wrap
+from util import checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
+from util.dist import shutdown, wrap
 from util.errors import UserError
-from util.log import RunLog, log, setup_logging
+from util.log import log
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import Schedule, scaled_lr
-from util.resume import refuse_second_run, will_resume
-from util.saving import Saver
+from util.resume import will_resume
+from util.run import Run, begin
 from util.step import Step, autocast_dtype
 from util.transforms import eval_transform, finetune_transform
 
@@ -76,12 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or with --eval evaluate, as `args` says. Raises UserError for bad input before the first step."""
-    env = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    setup_logging(env, args.output_dir)
-    cli.warn_ineffective(args)
-    log.info(args)
-    if not args.eval:
-        refuse_second_run(env, args.output_dir, args.resume)
+    env = begin(args)
 
     # data
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
@@ -148,41 +143,25 @@ def main(args: argparse.Namespace) -> None:
         criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
 
     # optimizer
-    effective_batch = args.batch_size * args.accum_iter * env.world_size
-    lr = scaled_lr(args.lr, args.blr, effective_batch)
+    lr = scaled_lr(args.lr, args.blr, args.batch_size * args.accum_iter * env.world_size)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     # fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=env.device.type != "mps")
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
-    images_per_step = args.batch_size * env.world_size
-    throughput = flops.throughput(flops.classifier_macs(model), images_per_step, env, args.peak_tflops)
-    log.info(
-        f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
-    )
 
     # training
-    record.append(env, args)
-    with Saver(env, args, model, optimizer, step.scaler, n_images=len(train_set)) as saver:
-        start = saver.resume()
-        run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)
-        if start.epoch >= args.epochs:
-            log.warning(f"nothing left to train: epoch {start.epoch} of --epochs {args.epochs}")
-        for epoch in range(start.epoch, args.epochs):
-            done = start.part_of(epoch)
-            sampler.set_epoch(epoch, done.iteration)
+    macs = flops.classifier_macs(model)
+    with Run(env, args, model, step, n_images=len(train_set), forward_macs=macs) as run:
+        for epoch in run.epochs():
+            sampler.set_epoch(epoch, run.done.iteration)
             train_stats = train_one_epoch(
-                ddp_model, criterion, train_loader, step, schedule, epoch,
-                erase=erase, mixup=mixup, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
-                done=done, saver=saver,
-            )  # fmt: skip
+                ddp_model, criterion, train_loader, step, schedule, epoch, run, erase=erase, mixup=mixup, seed=args.seed
+            )
             datasets.report_bad(train_set)
-            test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval, saver)
+            test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval, run)
             datasets.report_bad(val_set)
-            log.info(f"Max accuracy: {max(saver.max_accuracy, test_stats['acc1']):.2f}%")
-            run_log.classifier_epoch(epoch, train_stats, test_stats, n_parameters)
-            saver.after_epoch(epoch, test_stats["acc1"])
-    run_log.close()
+            run.after_epoch(epoch, train_stats, test_stats)
     shutdown()
 
 

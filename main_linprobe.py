@@ -7,13 +7,13 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, exits, flops, loader, readers, record, rng, speed, workers
-from util.dist import init_distributed, shutdown, wrap
+from util import checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
+from util.dist import shutdown, wrap
 from util.lars import LARS
-from util.log import RunLog, log, setup_logging
+from util.log import log
 from util.lr_sched import Schedule, scaled_lr
-from util.resume import refuse_second_run, will_resume
-from util.saving import Saver
+from util.resume import will_resume
+from util.run import Run, begin
 from util.step import Step, autocast_dtype
 from util.transforms import eval_transform, linprobe_transform
 
@@ -32,12 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Probe, or with --eval evaluate, as `args` says. Raises UserError for bad input before the first step."""
-    env = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    setup_logging(env, args.output_dir)
-    cli.warn_ineffective(args)
-    log.info(args)
-    if not args.eval:
-        refuse_second_run(env, args.output_dir, args.resume)
+    env = begin(args)
 
     # data
     train_transform = None if args.eval else linprobe_transform(args.input_size, args.crop_min, args.hflip)
@@ -86,40 +81,24 @@ def main(args: argparse.Namespace) -> None:
     ddp_model = wrap(model, env)
 
     # optimizer
-    effective_batch = args.batch_size * args.accum_iter * env.world_size
-    lr = scaled_lr(args.lr, args.blr, effective_batch)
+    lr = scaled_lr(args.lr, args.blr, args.batch_size * args.accum_iter * env.world_size)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     optimizer = LARS(model.head.parameters(), lr=lr, weight_decay=args.weight_decay)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
     criterion = nn.CrossEntropyLoss()
-    macs, images_per_step = flops.classifier_macs(model), args.batch_size * env.world_size
-    throughput = flops.throughput(macs, images_per_step, env, args.peak_tflops, frozen=True)
-    log.info(
-        f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
-    )
 
     # training
-    record.append(env, args)
-    with Saver(env, args, model, optimizer, step.scaler, n_images=len(train_set)) as saver:
-        start = saver.resume()
-        run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)
-        if start.epoch >= args.epochs:
-            log.warning(f"nothing left to train: epoch {start.epoch} of --epochs {args.epochs}")
-        for epoch in range(start.epoch, args.epochs):
-            done = start.part_of(epoch)
-            sampler.set_epoch(epoch, done.iteration)
+    macs = flops.classifier_macs(model)
+    with Run(env, args, model, step, n_images=len(train_set), forward_macs=macs, frozen=True) as run:
+        for epoch in run.epochs():
+            sampler.set_epoch(epoch, run.done.iteration)
             train_stats = train_one_epoch(
-                ddp_model, criterion, train_loader, step, schedule, epoch,
-                seed=args.seed, env=env, run_log=run_log, throughput=throughput,
-                done=done, saver=saver,
-            )  # fmt: skip
+                ddp_model, criterion, train_loader, step, schedule, epoch, run, seed=args.seed
+            )
             datasets.report_bad(train_set)
-            test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval, saver)
+            test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval, run)
             datasets.report_bad(val_set)
-            log.info(f"Max accuracy: {max(saver.max_accuracy, test_stats['acc1']):.2f}%")
-            run_log.classifier_epoch(epoch, train_stats, test_stats, n_parameters)
-            saver.after_epoch(epoch, test_stats["acc1"])
-    run_log.close()
+            run.after_epoch(epoch, train_stats, test_stats)
     shutdown()
 
 

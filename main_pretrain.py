@@ -7,12 +7,11 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, exits, flops, loader, readers, record, rng, speed, workers
-from util.dist import init_distributed, shutdown, wrap
-from util.log import RunLog, log, setup_logging
+from util import cli, datasets, exits, flops, loader, readers, rng, speed, workers
+from util.dist import shutdown, wrap
+from util.log import log
 from util.lr_sched import Schedule, scaled_lr
-from util.resume import refuse_second_run
-from util.saving import Saver
+from util.run import Run, begin
 from util.step import Step, autocast_dtype
 from util.transforms import pretrain_transform
 from util.watch import Watch
@@ -40,11 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Pretrain as `args` says. Raises UserError for bad input before the first step."""
-    env = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    setup_logging(env, args.output_dir)
-    cli.warn_ineffective(args)
-    log.info(args)
-    refuse_second_run(env, args.output_dir, args.resume)
+    env = begin(args)
 
     # data
     transform = pretrain_transform(args.input_size, args.crop_min, args.hflip)
@@ -71,8 +66,7 @@ def main(args: argparse.Namespace) -> None:
     ddp_model = wrap(model, env)
 
     # optimizer: no decay on biases and norms; betas from the paper's table 8
-    effective_batch = args.batch_size * args.accum_iter * env.world_size
-    lr = scaled_lr(args.lr, args.blr, effective_batch)
+    lr = scaled_lr(args.lr, args.blr, args.batch_size * args.accum_iter * env.world_size)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     groups = param_groups_weight_decay(model, args.weight_decay)
     # fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
@@ -82,31 +76,17 @@ def main(args: argparse.Namespace) -> None:
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
     n_kept = models_mae.kept_patches(model.patch_embed.num_patches, args.mask_ratio)
     macs = sum(flops.pretrain_macs(model, n_kept))
-    throughput = flops.throughput(macs, args.batch_size * env.world_size, env, args.peak_tflops)
-    log.info(
-        f"lr {lr:.3g}, effective batch {effective_batch}, {env.world_size} x {env.device.type}, {dtype or 'float32'}"
-    )
 
     # training
-    record.append(env, args)
-    with Saver(env, args, model, optimizer, step.scaler, milestones=20, n_images=len(dataset)) as saver:
-        start = saver.resume()
-        run_log = RunLog(env, args.output_dir, args.log_dir, start.epoch)
-        if start.epoch >= args.epochs:
-            log.warning(f"nothing left to train: epoch {start.epoch} of --epochs {args.epochs}")
-        for epoch in range(start.epoch, args.epochs):
-            done = start.part_of(epoch)
-            sampler.set_epoch(epoch, done.iteration)
+    with Run(env, args, model, step, n_images=len(dataset), forward_macs=macs, milestones=20) as run:
+        for epoch in run.epochs():
+            sampler.set_epoch(epoch, run.done.iteration)
             stats = train_one_epoch(
-                ddp_model, train_loader, step, schedule, epoch,
-                mask_ratio=args.mask_ratio, seed=args.seed, env=env, run_log=run_log, throughput=throughput,
-                done=done, saver=saver,
-            )  # fmt: skip
+                ddp_model, train_loader, step, schedule, epoch, run, mask_ratio=args.mask_ratio, seed=args.seed
+            )
             datasets.report_bad(dataset)
-            seen = watch.after_epoch(epoch, model, stats["loss"], run_log)
-            run_log.write({"train_lr": stats["lr"], "train_loss": stats["loss"], "epoch": epoch, **seen})
-            saver.after_epoch(epoch)
-    run_log.close()
+            run.after_epoch(epoch, stats)  # saved first, looked at afterwards
+            run.log.add_to_last(watch.after_epoch(epoch, model, stats["loss"], run.log))
     shutdown()
 
 

@@ -18,7 +18,7 @@ import torch
 
 import models_mae
 from demo.make_digits import write_digits
-from util import checkpoint, rng, saving
+from util import checkpoint, files, rng
 from util.datasets import Images, list_classes
 from util.dist import Dist
 from util.knn import knn_accuracy, mean_features
@@ -79,7 +79,7 @@ def write_untrained(path: Path, seed: int) -> Path:
     """A checkpoint of the model that pretraining with this seed starts from."""
     rng.seed_init(seed)
     model = models_mae.MODELS[f"mae_vit_{MODEL}"](img_size=SIDE)
-    saving.save(path, {"model": model.state_dict()})
+    files.save(path, {"model": model.state_dict()})
     return path
 
 

@@ -1,5 +1,6 @@
 """What several test files share: small image folders, scripts as subprocesses, the project's log, checkpoints."""
 
+import argparse
 import contextlib
 import logging
 import os
@@ -65,6 +66,19 @@ def _run(command: list[str], cwd: Path | None, code: int, env: dict[str, str]) -
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def quiet_run(step, env=None, **options):
+    """A Run for `step`, for engines that are called by themselves: it saves and writes nothing."""
+    from util.dist import Dist
+    from util.run import Run
+
+    defaults = dict(
+        epochs=9, batch_size=1, accum_iter=step.accum_iter, save_every=1, save_minutes=None, keep_last=None, resume="",
+        async_save="off", dist_timeout=10.0, on_nan="stop", start_epoch=0, output_dir="", log_dir="", peak_tflops=None,
+    )  # fmt: skip
+    model = getattr(step.model, "module", step.model)
+    return Run(env or Dist(step.device), argparse.Namespace(**defaults | options), model, step)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import models_mae
 import models_vit
 from util import flops
 from util.dist import Dist
-from util.progress import Throughput
 
 
 def counted_macs(run):
@@ -52,7 +51,7 @@ def test_rates_follow_from_seconds_and_peak():
     env = Dist(torch.device("cpu"), world_size=4)
     throughput = flops.throughput(1e9, images_per_step=256, env=env, peak_tflops=10)
     assert throughput.rates(0.5) == {"images_per_second": 512, "mfu": pytest.approx(512 * 6e9 / 40e12)}
-    assert flops.throughput(1e9, 256, env, None) == Throughput(256, 6e9, None)
+    assert flops.throughput(1e9, 256, env, None) == flops.Throughput(256, 6e9, None)
     assert "mfu" not in flops.throughput(1e9, 256, env, None).rates(0.5)
 
 

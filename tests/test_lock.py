@@ -11,7 +11,8 @@ import pytest
 from helpers import ON_CPU, _environment, run, write_image_folder
 from test_saving import saver
 
-from util import lock, saving
+from util import lock
+from util import run as running
 from util.errors import UserError
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this system has no such locks")
@@ -63,7 +64,7 @@ def test_a_run_that_is_about_to_leave_is_waited_for(tmp_path, holder):
 
 def test_a_saver_waits_two_minutes_or_half_of_what_others_wait_for_it(tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(saving, "take", lambda path, seconds: waits.append((path, seconds)))
+    monkeypatch.setattr(running, "take", lambda path, seconds: waits.append((path, seconds)))
     saver(tmp_path, dist_timeout=10.0)
     saver(tmp_path, dist_timeout=1.0)
     assert waits == [(tmp_path / ".lock", 120), (tmp_path / ".lock", 30)]
@@ -76,7 +77,7 @@ def test_a_saver_gives_the_folder_up_when_its_run_is_over_or_refused(tmp_path):
         return subprocess.run(command, env=_environment(), capture_output=True).returncode == 0
 
     with saver(tmp_path) as one:
-        one.after_epoch(5)
+        one.save_epoch(5)
         assert not is_free()
     assert is_free()
     with pytest.raises(UserError, match="holds a run already"):

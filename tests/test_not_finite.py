@@ -8,15 +8,14 @@ from helpers import assert_same, load, project_log, torchrun, write_image_folder
 from test_scripts import PRETRAIN, log_txt, train
 from torch import nn
 
-import engine_pretrain
 import main_pretrain
-from util import exits
+from util import exits, progress
 from util.dist import shutdown
 from util.errors import NonFiniteLossError
 from util.files import checkpoints
 from util.lars import LARS
+from util.not_finite import IN_A_ROW, WINDOW, Strikes
 from util.step import Step
-from util.strikes import IN_A_ROW, WINDOW, Strikes
 
 DEVICE = torch.device("cpu")
 OPTIMIZERS = {
@@ -158,14 +157,14 @@ def test_rollback_goes_back_three_times_at_most_and_stops_without_a_checkpoint()
 
 def poison(monkeypatch, *bad: int) -> None:
     """The batches of these numbers, counted from the start of the process, become NaN."""
-    count, before = [0], engine_pretrain.Progress.__iter__
+    count, before = [0], progress.Progress.__iter__
 
     def batches(self):
         for i, (imgs, labels) in before(self):
             yield i, (imgs * math.nan if count[0] in bad else imgs, labels)
             count[0] += 1
 
-    monkeypatch.setattr(engine_pretrain.Progress, "__iter__", batches)
+    monkeypatch.setattr(progress.Progress, "__iter__", batches)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import project_log, write_image_folder
+from helpers import project_log, quiet_run, write_image_folder
 from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -32,11 +32,11 @@ from util.crop import RandomResizedCrop
 from util.dist import Dist
 from util.errors import NonFiniteLossError, UserError
 from util.lars import LARS
-from util.log import RunLog
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import Schedule, adjust_learning_rate, scaled_lr
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
-from util.progress import Progress
+from util.run import Run
+from util.run_log import RunLog
 from util.step import Step, autocast_dtype
 
 CPU = Dist(torch.device("cpu"))
@@ -53,6 +53,12 @@ class Curves(RunLog):
     def scalar(self, tag: str, value: float, x: int) -> None:
         self.points.setdefault(tag, []).append((x, value))
 
+    def of(self, step: Step, env: Dist = CPU):
+        """A run that writes here."""
+        run = quiet_run(step, env)
+        run.log = self
+        return run
+
     def values(self, tag: str) -> list[float]:
         return [value for _, value in self.points[tag]]
 
@@ -67,8 +73,8 @@ class WithNoise(nn.Module):
         super().__init__()
         self.model, self.noise = model, iter(noise)
 
-    def forward(self, imgs, **options):
-        return self.model(imgs, noise=next(self.noise), **options)
+    def forward(self, imgs, mask_ratio):
+        return self.model(imgs, mask_ratio, next(self.noise))
 
 
 def small_mae() -> MaskedAutoencoderViT:
@@ -175,7 +181,7 @@ def set_up(script, options: str, root, monkeypatch) -> tuple:
         raise Caught(args, options)
 
     monkeypatch.setattr(script, "train_one_epoch", catch)
-    monkeypatch.setattr(script, "setup_logging", lambda env, output_dir: None)
+    monkeypatch.setattr("util.run.setup_logging", lambda env, output_dir: None)
     data = write_image_folder(root, n_train=2, n_val=1)
     common = f"--data_path {data} --epochs 7 --warmup_epochs 3 --num_workers 0 --device cpu --amp off".split()
     with pytest.raises(Caught) as caught:
@@ -187,7 +193,7 @@ def set_up(script, options: str, root, monkeypatch) -> tuple:
 
 def test_main_pretrain_hands_over_the_recorded_optimizer(recipe, tmp_path, monkeypatch):
     options = "--model mae_vit_tiny_patch4 --input_size 32 --batch_size 1 --accum_iter 2 --weight_decay 0.07"
-    (model, _, step, schedule, _), named = set_up(main_pretrain, options, tmp_path, monkeypatch)
+    (model, _, step, schedule, _, run), named = set_up(main_pretrain, options, tmp_path, monkeypatch)
     assert type(step.optimizer) is torch.optim.AdamW
     groups = named_groups(model, step.optimizer.param_groups)
     assert groups.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -199,13 +205,13 @@ def test_main_pretrain_hands_over_the_recorded_optimizer(recipe, tmp_path, monke
         assert group["weight_decay"] == (0.07 if decayed[re.sub(r"\.\d+\.", ".", name)] else 0), name
     assert step.model is model and step.accum_iter == 2 and step.clip_grad is None and step.dtype is None
     assert schedule == Schedule(lr=1e-3 * 2 / 256, min_lr=0.0, warmup_epochs=3, epochs=7)
-    assert named["mask_ratio"] == 0.75
+    assert named["mask_ratio"] == 0.75 and run.step is step
 
 
 def test_main_finetune_hands_over_layer_decay_and_clipping(tmp_path, monkeypatch):
     options = "--model vit_tiny_patch4 --input_size 32 --nb_classes 3 --batch_size 2 --lr 0.5 --clip_grad 2 "
     options += "--weight_decay 0.07 --layer_decay 0.5 --drop_path 0.3"
-    (model, _, _, step, schedule, _), named = set_up(main_finetune, options, tmp_path, monkeypatch)
+    (model, _, _, step, schedule, _, run), named = set_up(main_finetune, options, tmp_path, monkeypatch)
     assert type(step.optimizer) is torch.optim.AdamW
     groups = named_groups(model, step.optimizer.param_groups)
     assert groups.keys() == {name for name, _ in model.named_parameters()}
@@ -245,7 +251,7 @@ def test_main_finetune_chooses_the_loss_that_fits_the_targets(tmp_path, monkeypa
 
 def test_main_linprobe_hands_over_lars_on_a_fresh_head_alone(tmp_path, monkeypatch):
     options = "--model vit_tiny_patch4 --input_size 32 --nb_classes 3 --batch_size 2"
-    (model, criterion, _, step, schedule, _), _ = set_up(main_linprobe, options, tmp_path, monkeypatch)
+    (model, criterion, _, step, schedule, _, run), _ = set_up(main_linprobe, options, tmp_path, monkeypatch)
     assert type(step.optimizer) is LARS and type(criterion) is nn.CrossEntropyLoss
     [group] = step.optimizer.param_groups
     assert (group["momentum"], group["trust_coefficient"], group["weight_decay"]) == (0.9, 0.001, 0)
@@ -421,7 +427,7 @@ def test_pretraining_follows_the_recorded_trajectory(golden):
     for epoch in range(c["epochs"]):
         loader = [(imgs, None) for imgs in data["imgs"][n * epoch : n * (epoch + 1)]]
         stats = engine_pretrain.train_one_epoch(
-            wrapped, loader, step, schedule, epoch, mask_ratio=c["mask_ratio"], seed=0, env=CPU, run_log=curves
+            wrapped, loader, step, schedule, epoch, curves.of(step), mask_ratio=c["mask_ratio"], seed=0
         )
         span = slice(n * epoch, n * (epoch + 1))
         assert stats["loss"] == pytest.approx(data["losses"][span].mean().item(), rel=1e-5)
@@ -450,7 +456,7 @@ def test_fine_tuning_follows_the_recorded_trajectory(golden):
         span = slice(n * epoch, n * (epoch + 1))
         loader = list(zip(data["imgs"][span], data["targets"][span], strict=True))
         stats = engine_finetune.train_one_epoch(
-            model, criterion, loader, step, schedule, epoch, seed=0, env=CPU, run_log=curves
+            model, criterion, loader, step, schedule, epoch, curves.of(step), seed=0
         )
         assert stats["loss"] == pytest.approx(data["losses"][span].mean().item(), rel=1e-5)
     assert curves.values("loss") == pytest.approx(data["losses"].tolist(), rel=1e-5)
@@ -479,15 +485,14 @@ def test_accumulating_two_batches_equals_one_of_twice_the_size(engine):
             model = WithNoise(model, z)
             step = Step(model, optimizer, CPU.device, None, accum_iter)
             engine_pretrain.train_one_epoch(
-                model, [(batch, None) for batch in x], step, schedule, 0,
-                mask_ratio=0.75, seed=0, env=CPU, run_log=Curves(),
-            )  # fmt: skip
+                model, [(batch, None) for batch in x], step, schedule, 0, quiet_run(step), mask_ratio=0.75, seed=0
+            )
             model = model.model
         else:
             step = Step(model, optimizer, CPU.device, None, accum_iter)
             loader = list(zip(x, y, strict=True))
             engine_finetune.train_one_epoch(
-                model, nn.CrossEntropyLoss(), loader, step, schedule, 0, seed=0, env=CPU, run_log=Curves()
+                model, nn.CrossEntropyLoss(), loader, step, schedule, 0, quiet_run(step), seed=0
             )
         finals.append(model.state_dict())
     assert_close(finals[0], finals[1], rtol=1e-5, atol=1e-6)
@@ -504,9 +509,7 @@ def test_classifier_s_loss_is_computed_in_float32():
         seen.append(logits.dtype)
         return F.cross_entropy(logits, targets)
 
-    engine_finetune.train_one_epoch(
-        model, criterion, loader, step, Schedule(0, 0, 0, 1), 0, seed=0, env=CPU, run_log=Curves()
-    )
+    engine_finetune.train_one_epoch(model, criterion, loader, step, Schedule(0, 0, 0, 1), 0, quiet_run(step), seed=0)
     assert seen == [torch.float32]
 
 
@@ -534,7 +537,7 @@ def test_masks_are_decided_by_seed_step_and_rank_and_follow_the_ratio():
         env = Dist(CPU.device, rank)
         step = Step(spy, torch.optim.SGD(spy.parameters(), lr=0.0), CPU.device)
         engine_pretrain.train_one_epoch(
-            spy, loader, step, Schedule(0, 0, 0, 5), epoch, mask_ratio=0.5, seed=seed, env=env, run_log=Curves()
+            spy, loader, step, Schedule(0, 0, 0, 5), epoch, quiet_run(step, env), mask_ratio=0.5, seed=seed
         )
         assert all((mask.sum(dim=1) == 8).all() for mask in spy.masks)
         runs.append([tuple(mask.flatten().tolist()) for mask in spy.masks])
@@ -550,7 +553,7 @@ def test_stochastic_depth_is_decided_by_seed_step_and_rank():
         env, curves = Dist(CPU.device, rank), Curves()
         step = Step(model, torch.optim.SGD(model.parameters(), lr=0.0), CPU.device)
         engine_finetune.train_one_epoch(
-            model, nn.CrossEntropyLoss(), loader, step, Schedule(0, 0, 0, 5), epoch, seed=seed, env=env, run_log=curves
+            model, nn.CrossEntropyLoss(), loader, step, Schedule(0, 0, 0, 5), epoch, curves.of(step, env), seed=seed
         )
         runs.append(curves.values("loss"))
     assert runs[0] == runs[1]
@@ -575,8 +578,8 @@ def test_erasing_is_decided_by_seed_step_and_rank_and_fills_boxes_of_some_images
         loader = [(torch.full((64, 3, 16, 16), 9.0), torch.arange(64) % 5) for _ in range(2)]
         step = Step(spy, torch.optim.SGD(spy.parameters(), lr=0.0), CPU.device)
         engine_finetune.train_one_epoch(
-            spy, nn.CrossEntropyLoss(), loader, step, Schedule(0, 0, 0, 5), epoch,
-            erase=erase, seed=seed, env=env, run_log=Curves(),
+            spy, nn.CrossEntropyLoss(), loader, step, Schedule(0, 0, 0, 5), epoch, quiet_run(step, env),
+            erase=erase, seed=seed,
         )  # fmt: skip
         runs.append(torch.stack(spy.seen))
     assert torch.equal(runs[0], runs[1])
@@ -620,10 +623,10 @@ class Sick(nn.Module):
         super().__init__()
         self.weight, self.at, self.value, self.passes = nn.Parameter(torch.ones(1)), at, value, 0
 
-    def forward(self, imgs, mask_ratio=None, loss_only=True):
+    def forward(self, imgs, mask_ratio=None):
         loss = (self.weight * imgs).mean() + (self.value if self.passes >= self.at else 0)
         self.passes += 1
-        return loss if loss_only else (loss, None, None)
+        return loss if mask_ratio is None else (loss, None, None)
 
 
 @pytest.mark.parametrize("engine", ["pretrain", "finetune"])
@@ -633,17 +636,15 @@ def test_non_finite_loss_ends_the_run_naming_the_steps(engine, value):
     step = Step(model, torch.optim.SGD(model.parameters(), lr=9.0), CPU.device)
     schedule = Schedule(lr=0.001, min_lr=0.001, warmup_epochs=0, epochs=9)
     loader = [(torch.zeros(1), torch.zeros(1))] * 50
-    names = r"Epoch: \[3\].*non-finite at iteration 25 of 50 \(read at iterations 21 to 40; lr 0.001\)"
+    # the first of them, at iteration 25, is forgiven
+    names = rf"Epoch: \[3\] loss {value}.* at iteration 26 \(read at iterations 21 to 40; lr 0.001"
     curves = Curves()
+    run = curves.of(step)
     with pytest.raises(NonFiniteLossError, match=names):
         if engine == "pretrain":
-            engine_pretrain.train_one_epoch(
-                model, loader, step, schedule, 3, mask_ratio=0.75, seed=0, env=CPU, run_log=curves
-            )
+            engine_pretrain.train_one_epoch(model, loader, step, schedule, 3, run, mask_ratio=0.75, seed=0)
         else:
-            engine_finetune.train_one_epoch(
-                model, lambda loss, _: loss, loader, step, schedule, 3, seed=0, env=CPU, run_log=curves
-            )
+            engine_finetune.train_one_epoch(model, lambda loss, _: loss, loader, step, schedule, 3, run, seed=0)
     losses = curves.values("train_loss" if engine == "pretrain" else "loss")
     assert losses == [0.0] * 21  # what was read before
 
@@ -654,7 +655,7 @@ def test_non_finite_loss_ends_the_run_naming_the_steps(engine, value):
 class HostReads(TorchDispatchMode):
     """Counts how often a tensor's content decides something on the host: each would wait for a GPU.
 
-    Two kinds are told apart: inside Progress.read, at log points, and elsewhere.
+    Two kinds are told apart: inside Run._read, at log points, and elsewhere.
     """
 
     aten = torch.ops.aten
@@ -663,15 +664,14 @@ class HostReads(TorchDispatchMode):
     def __init__(self, monkeypatch) -> None:
         super().__init__()
         self.at_log_points, self.elsewhere, self.reading = 0, Counter(), False
-        read = Progress.read
+        read = Run._read
 
-        def counted_read(progress):
+        def counted_read(run):
             self.reading = True
-            steps = read(progress)
+            read(run)
             self.reading = False
-            return steps
 
-        monkeypatch.setattr(Progress, "read", counted_read)
+        monkeypatch.setattr(Run, "_read", counted_read)
         # these don't pass through the dispatcher, or do nothing on the CPU
         for name in ("tolist", "numpy", "cpu", "__repr__"):
             method = getattr(torch.Tensor, name)
@@ -703,13 +703,12 @@ def test_pretraining_reads_no_tensor_between_log_points(monkeypatch, dtype, clip
     # fused, as in the scripts: it leaves out a step whose gradients overflowed, and counts steps, on the device
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=9.0, fused=True)
     step = Step(model, optimizer, CPU.device, dtype, accum_iter=2, clip_grad=clip_grad)
-    loader = [(torch.randn(2, 3, 16, 16), None) for _ in range(6)]
+    loader, run = [(torch.randn(2, 3, 16, 16), None) for _ in range(6)], quiet_run(step)
     with HostReads(monkeypatch) as reads:
-        engine_pretrain.train_one_epoch(
-            model, loader, step, Schedule(0.001, 0, 1, 2), 0, mask_ratio=0.75, seed=0, env=CPU, run_log=Curves()
-        )
+        engine_pretrain.train_one_epoch(model, loader, step, Schedule(0.001, 0, 1, 2), 0, run, mask_ratio=0.75, seed=0)
     assert reads.elsewhere == {}
-    assert reads.at_log_points == 2  # the first step and the last
+    # the first step and the last; with fp16 the loss scale too
+    assert reads.at_log_points == (4 if dtype is torch.float16 else 2)
 
 
 @pytest.mark.parametrize("kind", ["finetune", "mixup", "probe"])
@@ -726,12 +725,11 @@ def test_classifiers_read_no_tensor_between_log_points(monkeypatch, kind):
         model.head = nn.Sequential(nn.BatchNorm1d(24, affine=False, eps=1e-6), nn.Linear(24, 5))
         optimizer, criterion = LARS(model.head.parameters(), lr=9.0), nn.CrossEntropyLoss()
     step = Step(model, optimizer, CPU.device, torch.bfloat16, accum_iter=2, clip_grad=None if kind == "probe" else 1.0)
-    loader = [(torch.randn(2, 3, 16, 16), torch.randint(5, (2,))) for _ in range(6)]
+    loader, run = [(torch.randn(2, 3, 16, 16), torch.randint(5, (2,))) for _ in range(6)], quiet_run(step)
     with HostReads(monkeypatch) as reads:
         engine_finetune.train_one_epoch(
-            model, criterion, loader, step, Schedule(0.001, 0, 1, 2), 0,
-            mixup=mixup, seed=0, env=CPU, run_log=Curves(),
-        )  # fmt: skip
+            model, criterion, loader, step, Schedule(0.001, 0, 1, 2), 0, run, mixup=mixup, seed=0
+        )
     assert reads.elsewhere == {}
     assert reads.at_log_points == 2
 

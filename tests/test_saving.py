@@ -20,16 +20,18 @@ from torch import nn
 import main_pretrain
 import models_vit
 import util.resume
-from util import checkpoint, datasets, saving
+from engine_finetune import evaluate
+from util import checkpoint, datasets, files
+from util import run as running
 from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.files import checkpoints, save
-from util.log import RunLog
 from util.progress import Part
 from util.resume import Start, newest, refuse_second_run, resume, will_resume
 from util.rng import image_order
-from util.saving import Saver
+from util.run import Run
+from util.run_log import RunLog
 from util.signals import Stopped
 from util.step import Step
 from util.transforms import eval_transform
@@ -59,9 +61,16 @@ def scaler(scale: float = 1.0) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=scale)
 
 
-def saver(folder: Path | str, env: Dist = ENV, milestones: int | None = None, n_images=None, **more) -> Saver:
+def saver(folder: Path | str, env: Dist = ENV, milestones: int | None = None, n_images=None, **more) -> Run:
     model = nn.Linear(3, 2)
-    return Saver(env, options(folder, **more), model, trained(model), scaler(8.0), milestones, n_images)
+    step = Step(model, trained(model), ENV.device, accum_iter=more.get("accum_iter", 1))
+    step.scaler = scaler(8.0)
+    return Run(env, options(folder, **more), model, step, milestones=milestones, n_images=n_images)
+
+
+def read(one: Run, epoch: int, iteration: int) -> None:
+    """Let it be as after a log point behind `iteration` batches of `epoch`."""
+    one.current, one.progress = epoch, Read(iteration)
 
 
 def names(folder: Path) -> list[str]:
@@ -88,7 +97,7 @@ class Read:
 
 def test_what_is_written_comes_back(tmp_path):
     one = saver(tmp_path, input_size=(32, 64), data_path=Path("/in"), lr=None)
-    one.after_epoch(3)
+    one.save_epoch(3)
     state = load(tmp_path / "checkpoint-3.pth")
     assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "world_size"}
     assert state["epoch"] == 3 and state["world_size"] == 1
@@ -96,7 +105,7 @@ def test_what_is_written_comes_back(tmp_path):
     expected = {**OPTIONS, "output_dir": str(tmp_path), "input_size": (32, 64), "data_path": "/in", "lr": None}
     assert state["args"] == expected and type(state["args"]) is dict
     assert_same(dict(state["model"]), dict(one.model.state_dict()))
-    assert_same(state["optimizer"], one.optimizer.state_dict())
+    assert_same(state["optimizer"], one.step.optimizer.state_dict())
     assert state["scaler"]["scale"] == 8.0
     assert_same(checkpoint.load(tmp_path / "checkpoint-3.pth"), state)
     assert names(tmp_path) == ["checkpoint-3.pth"]  # no temporary file stays
@@ -106,7 +115,7 @@ def test_what_is_written_comes_back(tmp_path):
 def test_saver_keeps_its_period_and_the_last_epoch(every, expected, tmp_path):
     one = saver(tmp_path, save_every=every)
     for epoch in range(6):
-        one.after_epoch(epoch)
+        one.save_epoch(epoch)
     assert names(tmp_path) == [f"checkpoint-{epoch}.pth" for epoch in expected]
 
 
@@ -114,8 +123,8 @@ def test_saver_keeps_its_period_and_the_last_epoch(every, expected, tmp_path):
 def test_only_rank_0_writes_and_only_into_a_folder(rank, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = saver(folder, Dist(torch.device("cpu"), rank=rank), save_minutes=1e-9)
-    one.after_epoch(0)
-    one.begin(1, Read(2))
+    one.save_epoch(0)
+    read(one, 1, 2)
     assert not one.due()
     one.save_part()
     assert list(tmp_path.iterdir()) == []
@@ -140,28 +149,28 @@ def test_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """The last update of an epoch may break what no loss has seen."""
     one = saver(tmp_path)
-    one.after_epoch(0)
+    one.save_epoch(0)
     with torch.no_grad():
         one.model.bias[1] = torch.inf
     with pytest.raises(NonFiniteLossError, match="epoch 1"):
-        one.after_epoch(1)
+        one.save_epoch(1)
     assert names(tmp_path) == ["checkpoint-0.pth"]
 
 
 def test_copy_beside_training_holds_the_moment_of_the_call(tmp_path, monkeypatch):
     """The weights change while the file is being written, and the file must not notice."""
-    one, write = saver(tmp_path, async_save="on"), saving.save
-    monkeypatch.setattr(saving, "save", lambda path, state: (time.sleep(0.3), write(path, state)))
+    one, write = saver(tmp_path, async_save="on"), files.save
+    monkeypatch.setattr(files, "save", lambda path, state: (time.sleep(0.3), write(path, state)))
     start = time.monotonic()
     for epoch in range(2):  # the copy's memory is used twice
         before = {name: value.clone() for name, value in one.model.state_dict().items()}
-        moments = one.optimizer.state_dict()["state"][0]["exp_avg"].clone()
-        one.after_epoch(epoch)
+        moments = one.step.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+        one.save_epoch(epoch)
         assert not (tmp_path / f"checkpoint-{epoch}.pth").exists()
         for param in one.model.parameters():
             param.grad = torch.ones_like(param)
-        one.optimizer.step()
-        one._wait()
+        one.step.optimizer.step()
+        one.writer.wait()
         state = load(tmp_path / f"checkpoint-{epoch}.pth")
         assert_same(dict(state["model"]), before)
         assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], moments)
@@ -171,7 +180,7 @@ def test_copy_beside_training_holds_the_moment_of_the_call(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_pending_write_ends_before_the_next_and_at_exit(mode, tmp_path, monkeypatch):
-    write, events = saving.save, []
+    write, events = files.save, []
 
     def slow(path, state):
         events.append(f"start {path.stem}")
@@ -179,32 +188,32 @@ def test_pending_write_ends_before_the_next_and_at_exit(mode, tmp_path, monkeypa
         write(path, state)
         events.append(f"end {path.stem}")
 
-    monkeypatch.setattr(saving, "save", slow)
+    monkeypatch.setattr(files, "save", slow)
     with saver(tmp_path, async_save=mode) as one:
-        one.after_epoch(0)
-        one.after_epoch(1)
+        one.save_epoch(0)
+        one.save_epoch(1)
     assert events == [f"{what} checkpoint-{epoch}" for epoch in (0, 1) for what in ("start", "end")]
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_failed_save_is_loud_and_tried_again_at_the_next_epoch(mode, tmp_path, monkeypatch):
-    write, full = saving.save, [True]
+    write, full = files.save, [True]
 
     def save_if_room(path, state):
         if full[0]:
             raise OSError(28, "No space left on device")
         write(path, state)
 
-    monkeypatch.setattr(saving, "save", save_if_room)
+    monkeypatch.setattr(files, "save", save_if_room)
     one = saver(tmp_path, save_every=20, async_save=mode)
     with project_log() as lines:
-        one.after_epoch(0)
-        one.after_epoch(1)  # not in the period, but something is owed
-        one._wait()
+        one.save_epoch(0)
+        one.save_epoch(1)  # not in the period, but something is owed
+        one.writer.wait()
         full[0] = False
-        one.after_epoch(2)
-        one.after_epoch(3)
-        one._wait()
+        one.save_epoch(2)
+        one.save_epoch(3)
+        one.writer.wait()
     assert sum("COULD NOT BE SAVED" in line and "No space left" in line for line in lines) == 2
     assert names(tmp_path) == ["checkpoint-2.pth"]
 
@@ -215,22 +224,22 @@ def test_folder_that_vanishes_for_a_while_is_not_made_anew(mode, tmp_path):
     folder, elsewhere = tmp_path / "mount" / "run", tmp_path / "elsewhere"
     folder.mkdir(parents=True)
     one = saver(folder, async_save=mode)
-    one.after_epoch(0)
-    one._wait()
+    one.save_epoch(0)
+    one.writer.wait()
     folder.rename(elsewhere)
     with project_log() as lines:
-        one.after_epoch(1)
-        one._wait()
+        one.save_epoch(1)
+        one.writer.wait()
     assert any("COULD NOT BE SAVED" in line and "No such file" in line for line in lines)
     assert not folder.exists()
     elsewhere.rename(folder)
-    one.after_epoch(2)
-    one._wait()
+    one.save_epoch(2)
+    one.writer.wait()
     assert names(folder) == ["checkpoint-0.pth", "checkpoint-2.pth"]
 
 
 def test_end_of_the_run_is_tried_until_it_is_saved_or_refused(tmp_path, monkeypatch):
-    write, tries = saving.save, []
+    write, tries = files.save, []
 
     def third_time(path, state):
         tries.append(path)
@@ -238,35 +247,35 @@ def test_end_of_the_run_is_tried_until_it_is_saved_or_refused(tmp_path, monkeypa
             raise OSError(28, "No space left on device")
         write(path, state)
 
-    monkeypatch.setattr(saving, "save", third_time)
-    monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0, 0))
+    monkeypatch.setattr(files, "save", third_time)
+    monkeypatch.setattr(running, "LAST_TRIES_SECONDS", (0, 0))
     with saver(tmp_path) as one:
-        one.after_epoch(5)
+        one.save_epoch(5)
     assert names(tmp_path) == ["checkpoint-5.pth"]
     tries[:] = []
-    monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0,))
+    monkeypatch.setattr(running, "LAST_TRIES_SECONDS", (0,))
     with pytest.raises(NotSavedError, match="could not be saved"), saver(tmp_path) as one:
-        one.after_epoch(5)
+        one.save_epoch(5)
 
 
 def test_best_is_known_where_only_another_try_could_save_it(tmp_path, monkeypatch):
-    write, fails = saving.save, [True]
-    monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0,))
+    write, fails = files.save, [True]
+    monkeypatch.setattr(running, "LAST_TRIES_SECONDS", (0,))
     with saver(tmp_path) as one:
-        one.after_epoch(0, accuracy=50.0)
-        monkeypatch.setattr(saving, "save", lambda *of: 1 / 0 if fails and fails.pop() else write(*of))
-        one.after_epoch(5, accuracy=90.0)
+        one.save_epoch(0, accuracy=50.0)
+        monkeypatch.setattr(files, "save", lambda *of: 1 / 0 if fails and fails.pop() else write(*of))
+        one.save_epoch(5, accuracy=90.0)
     assert os.readlink(tmp_path / "checkpoint-best.pth") == "checkpoint-5.pth"
     assert load(tmp_path / "checkpoint-5.pth")["best"] == (90.0, 5)
 
 
 def test_best_is_known_where_a_stalled_write_kept_it_from_being_saved(tmp_path, monkeypatch):
     with saver(tmp_path) as one, monkeypatch.context() as patch:
-        one.after_epoch(4, accuracy=50.0)
-        patch.setattr(one, "_wait", lambda *_: False)
-        one.after_epoch(5, accuracy=90.0)
-        one.failed = True
-        monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", (0,))
+        one.save_epoch(4, accuracy=50.0)
+        patch.setattr(one.writer, "wait", lambda *_: False)
+        one.save_epoch(5, accuracy=90.0)
+        one.writer.failed = True
+        monkeypatch.setattr(running, "LAST_TRIES_SECONDS", (0,))
     assert os.readlink(tmp_path / "checkpoint-best.pth") == "checkpoint-5.pth"
 
 
@@ -283,30 +292,30 @@ def test_whatever_ends_a_write_the_run_knows(mode, error, tmp_path, monkeypatch)
     def fail(path, state):
         raise error("no luck")
 
-    monkeypatch.setattr(saving, "save", fail)
-    monkeypatch.setattr(saving, "LAST_TRIES_SECONDS", ())
+    monkeypatch.setattr(files, "save", fail)
+    monkeypatch.setattr(running, "LAST_TRIES_SECONDS", ())
     with pytest.raises(NotSavedError), saver(tmp_path, async_save=mode) as one:
-        one.after_epoch(5)
+        one.save_epoch(5)
 
 
 def test_write_that_stalls_costs_its_save_and_not_the_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "save", lambda path, state: time.sleep(0.5))
+    monkeypatch.setattr(files, "save", lambda path, state: time.sleep(0.5))
     one = saver(tmp_path, async_save="on", dist_timeout=0.001)
     with project_log() as lines:
-        one.after_epoch(0)
-        one.after_epoch(1)
-    assert any("STILL WRITING" in line for line in lines) and one.failed
-    one.writing.join()
+        one.save_epoch(0)
+        one.save_epoch(1)
+    assert any("STILL WRITING" in line for line in lines) and one.writer.failed
+    one.writer.writing.join()
 
 
 def test_save_behind_a_write_that_stalls_waits_for_it_once(tmp_path):
     """Half of --dist_timeout: the other ranks wait for the whole of it."""
     one, waits = saver(tmp_path, dist_timeout=10.0), []
-    one.writing = argparse.Namespace(join=waits.append, is_alive=lambda: True)
-    one.after_epoch(0, accuracy=50.0)
-    assert waits == [300.0] and one.failed and names(tmp_path) == []
-    one.writing.is_alive = lambda: False
-    one.after_epoch(1, accuracy=40.0)
+    one.writer.writing = argparse.Namespace(join=waits.append, is_alive=lambda: True)
+    one.save_epoch(0, accuracy=50.0)
+    assert waits == [300.0] and one.writer.failed and names(tmp_path) == []
+    one.writer.writing.is_alive = lambda: False
+    one.save_epoch(1, accuracy=40.0)
     assert load(tmp_path / "checkpoint-1.pth")["best"] == (40.0, 1), "the best of what is saved"
 
 
@@ -316,7 +325,7 @@ def test_copy_of_what_is_not_on_a_gpu_is_done_when_it_returns(tmp_path, monkeypa
     monkeypatch.setattr(
         torch.Tensor, "copy_", lambda self, source, non_blocking: asked.append(non_blocking) or copy(self, source)
     )
-    one._copy(one.model.state_dict())
+    one.writer._copy(one.model.state_dict())
     assert asked == [False, False]
 
 
@@ -337,7 +346,7 @@ def test_rollback_loads_as_resuming_does(tmp_path):
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3, fused=True)
     step = Step(model, optimizer, ENV.device)
-    one = Saver(ENV, options(tmp_path), model, optimizer, step.scaler)
+    one = Run(ENV, options(tmp_path), model, step)
     assert one._roll_back()
     saved = load(tmp_path / "checkpoint-3.pth")
     assert_same(dict(model.state_dict()), saved["model"])
@@ -363,7 +372,7 @@ def test_old_files_go_also_where_no_links_can_be_made(tmp_path, monkeypatch):
     one = saver(tmp_path, keep_last=2)
     with project_log() as lines:
         for epoch in range(5):
-            one.after_epoch(epoch, accuracy=10.0 + epoch)
+            one.save_epoch(epoch, accuracy=10.0 + epoch)
     assert names(tmp_path) == ["checkpoint-3.pth", "checkpoint-4.pth"]
     assert sum("checkpoint-best.pth" in line and "not permitted" in line for line in lines) == 5
 
@@ -371,7 +380,7 @@ def test_old_files_go_also_where_no_links_can_be_made(tmp_path, monkeypatch):
 def test_keep_last_keeps_milestones_the_best_and_the_newest(tmp_path):
     one = saver(tmp_path, keep_last=2, epochs=100, milestones=4)
     for epoch in range(11):
-        one.after_epoch(epoch, accuracy=90.0 if epoch == 5 else 10.0 + epoch)
+        one.save_epoch(epoch, accuracy=90.0 if epoch == 5 else 10.0 + epoch)
     assert names(tmp_path) == sorted(
         [f"checkpoint-{epoch}.pth" for epoch in (0, 4, 5, 8, 9, 10)] + ["checkpoint-best.pth"]
     )
@@ -383,21 +392,21 @@ def test_keep_last_keeps_milestones_the_best_and_the_newest(tmp_path):
 def test_without_keep_last_all_epochs_stay(tmp_path):
     one = saver(tmp_path, epochs=100)
     for epoch in range(6):
-        one.after_epoch(epoch)
+        one.save_epoch(epoch)
     assert len(names(tmp_path)) == 6
 
 
 def test_partial_files_are_replaced_but_two_files_always_stay(tmp_path):
     one = saver(tmp_path, keep_last=1)
     for epoch, iteration in ((0, 2), (0, 4), (0, 6)):
-        one.begin(epoch, Read(iteration))
+        read(one, epoch, iteration)
         one.save_part()
     assert names(tmp_path) == ["partial-0-4.pth", "partial-0-6.pth"]
-    one.after_epoch(0)
+    one.save_epoch(0)
     assert names(tmp_path) == ["checkpoint-0.pth", "partial-0-6.pth"]
-    one.after_epoch(1)
+    one.save_epoch(1)
     assert names(tmp_path) == ["checkpoint-0.pth", "checkpoint-1.pth"]
-    one.begin(2, Read(2))
+    read(one, 2, 2)
     one.save_part()
     assert names(tmp_path) == ["checkpoint-1.pth", "partial-2-2.pth"]
 
@@ -405,21 +414,21 @@ def test_partial_files_are_replaced_but_two_files_always_stay(tmp_path):
 def test_going_back_by_hand_removes_nothing_newer_and_says_so(tmp_path):
     one = saver(tmp_path, keep_last=1)
     for epoch in range(4):
-        one.after_epoch(epoch)
+        one.save_epoch(epoch)
     empty(tmp_path, "checkpoint-0.pth")
     before = names(tmp_path)
     with project_log() as lines:
         resumed(tmp_path, resume=str(tmp_path / "checkpoint-2.pth"))
     assert any("1 newer checkpoints, up to checkpoint-3.pth" in line for line in lines)
     again = saver(tmp_path, keep_last=1)
-    again.begin(3, Read(1))
+    read(again, 3, 1)
     again.save_part()
     assert set(before) - {"checkpoint-0.pth"} <= set(names(tmp_path))
 
 
 def test_saves_come_after_minutes(tmp_path):
     one = saver(tmp_path, save_minutes=0.15 / 60)
-    one.begin(0, Read(1))
+    read(one, 0, 1)
     assert not one.due()
     time.sleep(0.2)
     assert one.due()
@@ -439,7 +448,7 @@ def test_half_written_files_of_a_killed_process_are_cleared(tmp_path):
 
 def test_disk_without_room_for_a_checkpoint_is_refused_and_a_small_one_is_named(tmp_path, monkeypatch):
     free = [90]  # 8 numbers of 4 bytes, three times, are 96
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: argparse.Namespace(free=free[0]))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: argparse.Namespace(free=free[0]))
     with pytest.raises(UserError, match="0.0 GB free"):
         saver(tmp_path)
     free[0] = 300
@@ -556,14 +565,14 @@ def test_start_epoch_holds_where_the_file_tells_none(tmp_path):
 
 def test_best_of_another_folder_is_not_this_run_s(tmp_path):
     (tmp_path / "old").mkdir()
-    saver(tmp_path / "old").after_epoch(1, accuracy=50.0)
+    saver(tmp_path / "old").save_epoch(1, accuracy=50.0)
     path = str(tmp_path / "old" / "checkpoint-1.pth")
     assert resumed(tmp_path, resume=path) == Start(2, Part(), 50.0, None)
     assert resumed(tmp_path / "old", resume=path).best == (50.0, 1)
 
 
 def test_other_numbers_of_training_images_are_named(tmp_path):
-    saver(tmp_path, n_images=24).after_epoch(0)
+    saver(tmp_path, n_images=24).save_epoch(0)
     for n_images, named in ((24, False), (12, True), (None, False)):
         model = nn.Linear(3, 2)
         with project_log() as lines:
@@ -576,7 +585,7 @@ def test_all_ranks_hear_from_rank_0_whether_there_is_something_to_resume(tmp_pat
     monkeypatch.setattr(util.resume, "on_main", lambda env, look: ["said by rank 0", look()])
     args = options(tmp_path, resume="auto")
     assert will_resume(ENV, args) == ["said by rank 0", False]
-    saver(tmp_path).after_epoch(0)
+    saver(tmp_path).save_epoch(0)
     assert will_resume(ENV, args) == ["said by rank 0", True]
     assert will_resume(ENV, options("", resume="auto")) == ["said by rank 0", False]
     assert will_resume(ENV, options(tmp_path, resume="x.pth")) is True
@@ -599,8 +608,8 @@ def test_auto_takes_the_newest_or_starts_afresh(tmp_path):
     assert resumed(tmp_path, resume="auto", start_epoch=3) == Start(3)
     assert resumed("", resume="auto") == Start(0)
     one = saver(tmp_path)
-    one.after_epoch(1, accuracy=50.0)
-    one.begin(2, Read(6))
+    one.save_epoch(1, accuracy=50.0)
+    read(one, 2, 6)
     one.save_part()
     start = resumed(tmp_path, resume="auto")
     assert start == Start(2, Part(6, {"loss": 1.5}, {"loss": 6.0}), 50.0, (50.0, 1))
@@ -614,7 +623,7 @@ def test_auto_takes_the_newest_or_starts_afresh(tmp_path):
 def test_position_is_kept_when_the_batch_is_cut_otherwise(batch_size, accum_iter, world_size, iteration, tmp_path):
     """6 batches of 4 are done, 2 a step: 24 images. The last two cases change the effective batch."""
     one = saver(tmp_path, accum_iter=2)
-    one.begin(2, Read(6))
+    read(one, 2, 6)
     one.save_part()
     cut = {"batch_size": batch_size, "accum_iter": accum_iter}
     with project_log() as lines:
@@ -627,7 +636,7 @@ def test_position_is_kept_when_the_batch_is_cut_otherwise(batch_size, accum_iter
 
 def test_options_that_change_the_mathematics_are_named_and_others_not(tmp_path):
     shown = {"knn_every": 0, "picture_every": 20, "val_split": "val"}
-    saver(tmp_path, blr=0.1, mask_ratio=0.75, num_workers=1, **shown).after_epoch(0)
+    saver(tmp_path, blr=0.1, mask_ratio=0.75, num_workers=1, **shown).save_epoch(0)
     with project_log() as lines:
         resumed(tmp_path, resume="auto", blr=0.2, mask_ratio=0.75, num_workers=4, epochs=9)
     (line,) = [line for line in lines if "differs" in line]
@@ -640,7 +649,7 @@ def test_options_that_change_the_mathematics_are_named_and_others_not(tmp_path):
 
 
 def test_another_size_is_refused_even_where_it_has_as_many_patches(tmp_path):
-    saver(tmp_path, input_size=(16, 64)).after_epoch(0)
+    saver(tmp_path, input_size=(16, 64)).save_epoch(0)
     with pytest.raises(UserError, match=r"--input_size \(16, 64\), not 32"):
         resumed(tmp_path, resume="auto")
     resumed(tmp_path, resume="auto", input_size=(16, 64))
@@ -693,6 +702,16 @@ def test_log_txt_drops_the_epochs_that_are_done_again_and_half_a_line(tmp_path):
     assert path.read_text() == "".join(lines)
     RunLog(ENV, str(tmp_path), "", start_epoch=2).write({"epoch": 2})
     assert path.read_text() == "".join(lines[:2]) + '{"epoch": 2}\n'
+
+
+def test_log_txt_takes_what_is_found_out_after_its_line_was_written(tmp_path):
+    run_log = RunLog(ENV, str(tmp_path))
+    for epoch in range(3):
+        run_log.write({"train_loss": 0.5, "epoch": epoch})
+        run_log.add_to_last({"knn_acc1": 7.0} if epoch == 1 else {})
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert lines[1] == {"train_loss": 0.5, "epoch": 1, "knn_acc1": 7.0} and "knn_acc1" not in lines[2]
 
 
 def test_log_txt_waits_for_a_disk_that_is_full(tmp_path, monkeypatch):
@@ -752,15 +771,15 @@ def test_errors_of_loader_workers_are_told_from_others():
 
 def stop_at(monkeypatch, *calls: int) -> None:
     """As if SIGTERM came before the given questions, counted over this process's life."""
-    ask, count = saving.Signals.ask, [0]
+    ask, count = running.Signals.ask, [0]
 
-    def asked(self, save):
+    def asked(self, save, **when):
         count[0] += 1
         if count[0] in calls:
             self.seen[15] = 0.0
-        return ask(self, save)
+        return ask(self, save, **when)
 
-    monkeypatch.setattr(saving.Signals, "ask", asked)
+    monkeypatch.setattr(running.Signals, "ask", asked)
 
 
 RUNS = {
@@ -768,8 +787,8 @@ RUNS = {
     "finetune": (*FINETUNE, "--epochs", 2, "--drop_path", 0.2),
     "linprobe": (*LINPROBE, "--epochs", 2),
 }
-# 12 batches, 2 a step, in pretraining; 6 batches and 3 of evaluation in the others
-STOPS = {"pretrain": (1, 4, 6), "finetune": (2, 8, 7), "linprobe": (6, 9)}
+# 12 batches, 2 a step, in pretraining; 6 batches and an evaluation in the others
+STOPS = {"pretrain": (1, 4, 6), "finetune": (2, 6, 6), "linprobe": (6, 7)}
 LEFT = {
     "pretrain": ["partial-0-2.pth", "partial-0-10.pth", "partial-1-10.pth"],
     "finetune": ["partial-0-2.pth", "partial-1-1.pth", "partial-1-6.pth"],
@@ -813,6 +832,23 @@ def test_run_goes_on_at_the_same_image_when_the_batch_is_cut_otherwise(images, t
     assert "goes on at epoch 0, batch 8" in said and "effective batch 4 (was" not in said
     assert taken == [(epoch, index) for epoch in (0, 1) for index in image_order(0, epoch, 24)]
     assert load(tmp_path / "checkpoint-1.pth")["optimizer"]["state"][0]["step"] == 12
+
+
+def test_evaluation_ends_at_the_first_batch_after_a_signal(tmp_path):
+    one, batches = saver(tmp_path), []
+    read(one, 3, 7)
+
+    def model(imgs):
+        batches.append(imgs)
+        one.signals.seen[15] = 0.0
+        return torch.zeros(len(imgs), 3)
+
+    model.eval, model.buffers = lambda: None, lambda: []
+    loader = [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))] * 5
+    with pytest.raises(Stopped) as stopped:
+        evaluate(model, loader, ENV, None, sharded=False, run=one)
+    assert len(batches) == 1 and stopped.value.exit_code == 75
+    assert names(tmp_path) == ["partial-3-7.pth"], "the epoch's training is done, its evaluation is not"
 
 
 def test_max_accuracy_is_carried_over(images, tmp_path):  # noqa: F811

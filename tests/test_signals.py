@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from test_saving import Read, saver
+from test_saving import read, saver
 
-from util import saving, signals
+from util import files, signals
 from util.dist import Dist
 from util.signals import ASK_STEPS, EXIT_SAVED, Signals, Stopped, leave_signals_to_the_trainer
 
@@ -80,9 +80,9 @@ def test_what_one_rank_is_told_all_obey(monkeypatch):
 @pytest.mark.parametrize("saved", [True, False])
 def test_exit_code_says_whether_the_state_is_saved(saved, tmp_path, monkeypatch):
     if not saved:
-        monkeypatch.setattr(saving, "save", lambda path, state: os.stat("/nowhere/at/all"))
+        monkeypatch.setattr(files, "save", lambda path, state: os.stat("/nowhere/at/all"))
     with pytest.raises(Stopped) as stopped, saver(tmp_path, async_save="on") as one:
-        one.begin(0, Read(3))
+        read(one, 0, 3)
         os.kill(os.getpid(), signal.SIGTERM)
         assert one.due()
         one.save_part()

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from helpers import quiet_run
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -13,7 +14,6 @@ import models_mae
 import models_vit
 from util import speed
 from util.dist import Dist
-from util.log import RunLog
 from util.lr_sched import Schedule
 from util.step import Step
 
@@ -29,14 +29,13 @@ def train(model, device, epochs, n_batches=3):
     env = Dist(torch.device(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     step = Step(model, optimizer, env.device)
-    run_log = RunLog(env, "", "")
+    run = quiet_run(step)
     side = model.patch_embed.img_size[0]
     for epoch in epochs:
         loader = Loader((torch.randn(4, 3, side, side, device=device), None) for _ in range(n_batches))
         engine_pretrain.train_one_epoch(
-            model, loader, step, Schedule(1e-3, 0, 1, 9), epoch,
-            mask_ratio=0.75, seed=0, env=env, run_log=run_log,
-        )  # fmt: skip
+            model, loader, step, Schedule(1e-3, 0, 1, 9), epoch, run, mask_ratio=0.75, seed=0
+        )
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def test_blocks_larger_than_a_bucket_stay_whole_under_ddp(compilations, tmp_path
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         ddp_model = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)  # a block of the encoder has 3 MB
-        ddp_model(torch.randn(2, 3, 16, 16), loss_only=True).backward()
+        ddp_model(torch.randn(2, 3, 16, 16))[0].backward()
     finally:
         torch.distributed.destroy_process_group()
     assert len(compilations) == 2

@@ -8,12 +8,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_pretrain
 import models_mae
 from tests.helpers import ON_CPU, assert_same, load, project_log, run, torchrun, write_image_folder
 from util.datasets import Images, list_images
 from util.dist import Dist
+from util.errors import UserError
 from util.knn import knn_accuracy
-from util.log import RunLog
+from util.run_log import RunLog
 from util.transforms import pretrain_transform
 from util.watch import Watch, _labelled_files, mean_image_loss
 
@@ -209,8 +211,62 @@ def test_training_goes_on_without_neighbours_where_val_has_none(no_val, tmp_path
     assert sum(message.startswith("no nearest neighbours from here on: none of the 3") for message in messages) == 1
 
 
+def other_output(model):
+    model.decoder_pred = torch.nn.Linear(64, 7)
+
+
+def other_target(model):
+    model.target = lambda patches: patches[..., :7]
+
+
+def no_target(model):
+    model.target = None
+
+
+def other_mask(model):
+    model.forward_encoder = None
+
+
+@pytest.mark.parametrize("change", [other_output, other_target, no_target, other_mask])
+def test_no_model_ends_its_run_in_a_picture(change, images, tmp_path):
+    """Of whatever kind its exception is: one warning, and nothing more of this kind for the rest of the run."""
+    model, run_log = mae(), RunLog(CPU, "", str(tmp_path))
+    change(model)
+    watcher = watch(images, picture_every=1, knn_every=1)
+    with project_log() as messages:
+        seen = [watcher.after_epoch(epoch, model, 1.0, run_log) for epoch in range(3)]
+    off = [message for message in messages if "from here on" in message]
+    assert any(message.startswith("no pictures from here on: ") for message in off)
+    assert len(off) == len({message.split(":")[0] for message in off}), "each once"
+    assert all("knn_acc1" in one for one in seen), "what works goes on"
+    assert model.training
+
+
+def test_an_epoch_is_saved_before_anybody_looks_at_it(images, tmp_path, monkeypatch):
+    """Also where the look ends the process, as running out of memory does."""
+
+    def end(self, *_):
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(Watch, "after_epoch", end)
+    args = [*TINY, "--data_path", images, "--epochs", 2, "--num_workers", 0, "--output_dir", tmp_path, "--log_dir", ""]
+    with pytest.raises(SystemExit):
+        main_pretrain.main(main_pretrain.get_args_parser().parse_args([str(arg) for arg in args]))
+    assert load(tmp_path / "checkpoint-0.pth")["epoch"] == 0
+    assert json.loads((tmp_path / "log.txt").read_text())["epoch"] == 0
+
+
+def test_the_mean_image_s_loss_is_the_model_s_own():
+    """A loss that is edited in place is what the training is compared with."""
+    model, imgs = mae(), torch.randn(50, 3, 16, 16)
+    model.forward_loss = lambda imgs, pred, mask: (pred - model.patchify(imgs)).abs().mean()
+    patches = model.patchify(imgs).numpy()
+    expected = np.mean([np.abs(patches[i] - np.delete(patches, i, 0).mean(0)).mean() for i in range(50)])
+    assert mean_image_loss(model, imgs) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_rank_does_as_the_one_that_could_not_read(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("util.watch.gather_on_all", lambda mine: [mine, "a disk is gone"])
+    monkeypatch.setattr("util.watch.gather_on_all", lambda mine: [mine, UserError("a disk is gone")])
     monkeypatch.setattr("util.watch.gather", None)  # would wait for the other rank
     messages, seen = said_after(watch(images, knn_every=1), tmp_path / "board", n_epochs=1)
     assert seen == [{}] and "no nearest neighbours from here on: a disk is gone" in messages

@@ -1,7 +1,7 @@
 """Loading checkpoints: safely, from a path or a URL; to evaluate, to reconstruct, to start a classifier.
 
 Everything is loaded with weights_only=True: a checkpoint from elsewhere is data, never code. What a file holds, and how
-it is written: util/saving.py. Resuming a run: util/resume.py.
+it is written: util/run.py. Resuming a run: util/resume.py.
 """
 
 from pathlib import Path

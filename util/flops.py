@@ -4,12 +4,12 @@ Letters: D width, L tokens. One multiply-add is 2 operations; backward costs twi
 """
 
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from util.dist import Dist
-from util.progress import Throughput
 
 # dense bf16/fp16 matrix rate in TFLOP/s by the vendors' datasheets; the first whose words the device's name contains
 PEAK_TFLOPS = {
@@ -53,6 +53,23 @@ def classifier_macs(model: nn.Module) -> float:
     n_patches, width = model.patch_embed.num_patches, model.pos_embed.shape[-1]
     pixels = model.patch_embed.proj.weight[0].numel()
     return n_patches * pixels * width + len(model.blocks) * block_macs(1 + n_patches, width)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What turns the seconds of a step into rates: images per step and peak over all devices, operations per image."""
+
+    images_per_step: int
+    flops_per_image: float
+    peak_flops: float | None = None
+
+    def rates(self, step_seconds: float) -> dict[str, float]:
+        """`images_per_second` and, where the peak is known, `mfu`: the share of it that the model's arithmetic took."""
+        images_per_second = self.images_per_step / step_seconds
+        if self.peak_flops is None:
+            return {"images_per_second": images_per_second}
+        mfu = images_per_second * self.flops_per_image / self.peak_flops
+        return {"images_per_second": images_per_second, "mfu": mfu}
 
 
 def throughput(

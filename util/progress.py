@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.dist import Dist, mean_over_ranks
-from util.errors import NonFiniteLossError
+from util.flops import Throughput
 from util.log import log
 
 
@@ -27,29 +27,11 @@ class Part:
     counts: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """What turns the seconds of a step into rates: images per step and peak over all devices, operations per image."""
-
-    images_per_step: int
-    flops_per_image: float
-    peak_flops: float | None = None
-
-    def rates(self, step_seconds: float) -> dict[str, float]:
-        """`images_per_second` and, where the peak is known, `mfu`: the share of it that the model's arithmetic took."""
-        images_per_second = self.images_per_step / step_seconds
-        if self.peak_flops is None:
-            return {"images_per_second": images_per_second}
-        mfu = images_per_second * self.flops_per_image / self.peak_flops
-        return {"images_per_second": images_per_second, "mfu": mfu}
-
-
 class Progress:
     """Iterates over a loader, keeps each step's values on the device, and reads them once every `every` steps.
 
     Between two reads the device never waits for the host. On a terminal it draws a bar; elsewhere each read is a line.
-    `done` is the part of the epoch that the loader leaves out, because an earlier process did it. `judge` decides what
-    happens where a loss or gradient is not finite; without it, and with `reduce`, such a loss raises.
+    `done` is the part of the epoch that the loader leaves out, because an earlier process did it.
     """
 
     def __init__(
@@ -58,18 +40,14 @@ class Progress:
         header: str,
         every: int,
         env: Dist,
-        reduce: bool = True,
         throughput: Throughput | None = None,
         done: Part | None = None,
-        judge: Callable[[str, list[tuple[int, dict[str, float], float]]], None] | None = None,
     ) -> None:
         done = done or Part()
-        self.judge = judge
-        self.loader, self.header, self.every, self.env, self.reduce = loader, header, every, env, reduce
-        self.throughput = throughput
+        self.loader, self.header, self.every, self.env, self.throughput = loader, header, every, env, throughput
         self.rates: dict[str, float] = {}  # of the steps of the last read
         self.total = len(loader)
-        self.pending: list[tuple[int, dict[str, float], dict[str, torch.Tensor], bool]] = []
+        self.pending: list[tuple[int, dict[str, float], dict[str, torch.Tensor]]] = []
         self.windows: dict[str, deque[float]] = {}
         self.first, self.sums, self.counts = done.iteration, dict(done.sums), dict(done.counts)
         self.read_to = self.first  # batches of the epoch that sums and counts hold
@@ -94,40 +72,25 @@ class Progress:
         total = timedelta(seconds=int(elapsed))
         log.info(f"{self.header} Total time: {total} ({elapsed / max(self.total - self.first, 1):.4f} s / it)")
 
-    def add(
-        self,
-        iteration: int,
-        loss: torch.Tensor,
-        grad_norm: torch.Tensor | None = None,
-        judged: bool = False,
-        **values: float,
-    ) -> None:
-        """Note one step: its loss and gradient norm, left on the device, and numbers that the host already knows.
-
-        `judged`: whether a norm that is not finite is a fault.
-        """
+    def add(self, iteration: int, loss: torch.Tensor, grad_norm: torch.Tensor | None = None, **values: float) -> None:
+        """Note one step: its loss and gradient norm, left on the device, and numbers that the host already knows."""
         on_device = {"loss": loss} if grad_norm is None else {"loss": loss, "grad_norm": grad_norm}
-        self.pending.append((iteration, values, on_device, judged))
+        self.pending.append((iteration, values, on_device))
 
     def due(self, iteration: int) -> bool:
         """True every `every` steps and at the last one."""
         return iteration % self.every == 0 or iteration == self.total - 1
 
-    def read(self) -> list[tuple[int, dict[str, float]]]:
-        """Wait for the device, average the noted tensors over ranks, log a line; returns [(iteration, values), ...].
-
-        Raises NonFiniteLossError on all ranks together: a NaN on one of them makes the mean NaN.
+    def read(self, over_ranks: bool = False) -> list[tuple[int, dict[str, float]]]:
+        """Wait for the device; returns [(iteration, values), ...] of the steps since the last read. `over_ranks`: means
+        over all processes, which all call this.
         """
-        rows = torch.stack([torch.stack([value.float() for value in row.values()]) for _, _, row, _ in self.pending])
-        if self.reduce:
+        rows = torch.stack([torch.stack([value.float() for value in row.values()]) for _, _, row in self.pending])
+        if over_ranks:
             rows = mean_over_ranks(rows)
         steps = [
             (iteration, {**values, **dict(zip(on_device, row, strict=True))})
-            for (iteration, values, on_device, _), row in zip(self.pending, rows.tolist(), strict=True)
-        ]
-        judged = [
-            (iteration, values, values["grad_norm"] if is_judged else 0.0)
-            for (iteration, values), (*_, is_judged) in zip(steps, self.pending, strict=True)
+            for (iteration, values, on_device), row in zip(self.pending, rows.tolist(), strict=True)
         ]
         self.pending.clear()
         for _, values in steps:
@@ -140,11 +103,6 @@ class Progress:
                     self.sums[name] += value
                     self.counts[name] += 1
         self.read_to = steps[-1][0] + 1
-        if self.judge:
-            self.judge(self.header, judged)
-        else:
-            self._check_finite(steps)
-        self._log_line(steps[-1][0], len(steps))
         return steps
 
     def part(self) -> Part:
@@ -155,23 +113,16 @@ class Progress:
         """Name -> mean over all steps read so far."""
         return {name: self.sums[name] / self.counts[name] if self.counts[name] else math.nan for name in self.sums}
 
-    def _check_finite(self, steps: list[tuple[int, dict[str, float]]]) -> None:
-        bad = [iteration for iteration, values in steps if not math.isfinite(values["loss"])]
-        if bad and self.reduce:
-            raise NonFiniteLossError(
-                f"{self.header} the loss became non-finite at iteration {bad[0]} of {self.total} (read at iterations "
-                f"{steps[0][0]} to {steps[-1][0]}; lr {steps[0][1].get('lr', math.nan):.3g}). Nothing was saved since. "
-                "Resume from the last checkpoint with a lower --blr, a longer --warmup_epochs or --amp off"
-            )
-
-    def _log_line(self, iteration: int, n_steps: int) -> None:
+    def log_line(self, n_steps: int) -> None:
+        """Say where the epoch is, after the read of `n_steps` steps."""
         now = time.perf_counter()
         # the host runs ahead of the device, so single steps can't be timed: these are means since the last read
         step_seconds = (now - self.last_read) / n_steps
         data_seconds = self.data_seconds / n_steps
         self.last_read, self.data_seconds = now, 0.0
-        eta = timedelta(seconds=int((now - self.start) / (iteration + 1 - self.first) * (self.total - iteration - 1)))
-        parts = [f"{self.header}  [{iteration:>{len(str(self.total))}}/{self.total}]", f"eta: {eta}"]
+        left, done = self.total - self.read_to, self.read_to - self.first
+        eta = timedelta(seconds=int((now - self.start) / done * left))
+        parts = [f"{self.header}  [{self.read_to - 1:>{len(str(self.total))}}/{self.total}]", f"eta: {eta}"]
         for name, window in self.windows.items():
             if name == "loss":
                 median = statistics.median(window) if window else math.nan

@@ -62,16 +62,17 @@ class Signals:
             raise KeyboardInterrupt
         self.seen.setdefault(number, time.monotonic())
 
-    def ask(self, save: bool) -> tuple[set[int], bool]:
+    def ask(self, save: bool, now: bool = False) -> tuple[set[int], bool]:
         """What any rank was told to do, after a step: (signals, whether rank 0 wants to save).
 
         All ranks call it after each step and get the same answer. Several processes ask one another every 20 steps, or
-        about every 2 seconds where steps are slower: only then does the device wait for the host.
+        about every 2 seconds where steps are slower, and with `now` at once: only then does the device wait for the
+        host.
         """
         if self.env.world_size == 1:
             return set(self.seen), save
         self.steps += 1
-        if self.steps < self.interval:
+        if self.steps < self.interval and not now:
             return set(), False
         now = time.monotonic()
         step_seconds = (now - self.asked) / self.steps

@@ -15,8 +15,9 @@ from util.dist import Dist, gather, gather_on_all
 from util.errors import UserError
 from util.knn import knn_accuracy, mean_features
 from util.loader import DeviceLoader, eval_loader, normalise
-from util.log import RunLog, log
+from util.log import log
 from util.readers import Stream
+from util.run_log import RunLog
 from util.step import autocast_dtype
 from util.transforms import Size, eval_transform
 from util.visualize import reconstruct, seeded_noise, sheet
@@ -29,12 +30,12 @@ Files = list[tuple[str, int]]
 
 
 class Watch:
-    """Looks at the model after each epoch; changes nothing of the training.
+    """Looks at the model after each epoch, once that is saved; changes nothing of the training, and never ends it: what
+    raises an exception, as pictures do of a model that predicts no pixels, is off from there on, with a warning.
 
     `picture_every` and `knn_every` are in epochs, 0 for never. `folder` is what may have train/ and val/, None for
     images that come from elsewhere. Raises UserError where nearest neighbours are asked for and it has no class
-    folders, or too few images. Images that cannot be decoded later switch off what needs them: training needs no val/.
-    Of a stream it shows nothing.
+    folders, or too few images. Of a stream it shows nothing.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Watch:
         self.pictured = None if isinstance(dataset, Stream) else self._pictured(folder)
         self.mean_image_loss: float | None = None
         self.losses: list[float] = []
+        self.off: set[str] = set()
 
     def _pictured(self, folder: str | None) -> Dataset:
         """A few images of val/, or of what is trained on."""
@@ -62,26 +64,34 @@ class Watch:
     def after_epoch(self, epoch: int, model: MaskedAutoencoderViT, loss: float, run_log: RunLog) -> dict[str, float]:
         """`loss`: the epoch's mean. All ranks call this. Returns what log.txt should have beside it."""
         seen = {}
+
+        def neighbours() -> None:
+            if self.knn_every and (epoch + 1) % self.knn_every == 0:
+                seen["knn_acc1"] = self._nearest_neighbours(model)
+                run_log.scalar("perf/knn_acc1", seen["knn_acc1"], epoch)
+
+        def pictures() -> None:
+            if self.picture_every and (epoch + 1) % self.picture_every == 0 and run_log.writer:
+                run_log.image("reconstructions", self._draw(model), epoch)
+
         # other shapes than training's are not worth a compilation
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             if self.env.is_main and self.pictured:  # a stream would have to be read from its start
-                self._compare_with_mean(model, loss)
-                if self.picture_every and (epoch + 1) % self.picture_every == 0 and run_log.writer:
-                    self._show(model, epoch, run_log)
-            if self.knn_every and (epoch + 1) % self.knn_every == 0:
-                accuracy = self._nearest_neighbours(model)
-                if accuracy is not None:
-                    seen["knn_acc1"] = accuracy
-                    run_log.scalar("perf/knn_acc1", accuracy, epoch)
+                self._look("comparison with the mean image", lambda: self._compare_with_mean(model, loss))
+                self._look("pictures", pictures)
+            self._look("nearest neighbours", neighbours)
         model.train()
         return seen
 
-    def _show(self, model: MaskedAutoencoderViT, epoch: int, run_log: RunLog) -> None:
+    def _look(self, name: str, look: Callable[[], None]) -> None:
+        if name in self.off:
+            return
         try:
-            run_log.image("reconstructions", self._draw(model), epoch)
-        except UserError as error:
-            log.warning(f"no pictures from here on: {error.message}")
-            self.picture_every = 0
+            look()
+        except Exception as error:
+            reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:300]}"
+            log.warning(f"no {name} from here on: {reason}")
+            self.off.add(name)
 
     def _draw(self, model: MaskedAutoencoderViT) -> Image.Image:
         imgs = torch.cat([imgs for imgs, _ in self._batches(self.pictured, sharded=False)])
@@ -98,17 +108,15 @@ class Watch:
             features, labels = mean_features(model, self._batches(images, sharded=True))
         return features.to(self.env.device), labels.to(self.env.device)
 
-    def _nearest_neighbours(self, model: MaskedAutoencoderViT) -> float | None:
-        own, failure = [], ""
+    def _nearest_neighbours(self, model: MaskedAutoencoderViT) -> float:
+        own, failure = [], None
         try:
             own = [self._features(model, files) for files in self.knn_files]
-        except UserError as error:
-            failure = error.message
+        except Exception as error:
+            failure = error
         # decided by all together: a rank that failed would leave the others waiting for its features
-        if failures := [text for text in gather_on_all(failure) if text]:
-            log.warning(f"no nearest neighbours from here on: {failures[0]}")
-            self.knn_every = 0
-            return None
+        if failures := [error for error in gather_on_all(failure) if error]:
+            raise failures[0]
         splits = [tuple(gather(part) for part in split) for split in own]
         (train, _), (_, labels) = splits
         n_classes = int(labels.max()) + 1
@@ -144,13 +152,17 @@ class Watch:
 
 
 def mean_image_loss(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> float:
-    """Normalised images [n, 3, H, W] -> the loss, on other images of their kind, of predicting their mean.
+    """Normalised images [n, 3, H, W] -> the model's own loss, were the mean target of the others predicted for each.
 
-    That is the least loss of a prediction which is the same for every image: the variance of the target over images
-    (unbiased), averaged over pixels. With norm_pix_loss it is near 1, less where images resemble each other.
+    For the mean squared error no prediction that is the same for every image does better. With norm_pix_loss it is near
+    1, less where images resemble each other.
     """
+    n = len(imgs)
+    if n < 2:
+        return 0.0
     target = model.target(model.patchify(imgs).float())
-    return target.var(dim=0).mean().item() if len(imgs) > 1 else 0.0
+    mean_of_others = (target.sum(dim=0) - target) / (n - 1)
+    return model.forward_loss(imgs, mean_of_others, torch.ones(target.shape[:2], device=imgs.device)).item()
 
 
 def _labelled_files(root: Path, world_size: int) -> tuple[Files, Files]:

@@ -1,9 +1,20 @@
-"""--on_nan: what happens where a loss or gradient is not finite. Step leaves the update itself out, on the device."""
+"""What happens where a loss or gradient is not finite (--on_nan), in the order in which it happens.
+
+1. The update moves no weight: `Step` leaves it out on the device, and with fp16 torch's loss scaling halves the scale.
+2. At the next log point `Run` reads the losses and norms, of which means leave out what is not finite, and `Strikes`
+   judges them: one bad step is forgiven; after that --on_nan stops the run, skips, or has `Run` roll it back.
+3. Before each save `check_weights` looks at the weights: an update after the last log point may have broken them.
+4. A run that stops saves the weights without the bad updates, and ends with exit code 3 (util/exits.py).
+"""
 
 import itertools
 import math
 from collections.abc import Callable
 
+import torch
+from torch import nn
+
+from util.dist import sum_over_ranks
 from util.errors import NonFiniteLossError
 from util.log import log
 
@@ -11,6 +22,17 @@ WINDOW = 1000  # optimizer steps within which a second strike counts
 IN_A_ROW = 20  # optimizer steps without a good one among them, after which going on makes no sense
 ROLL_BACKS = 3
 LEAST_LOSS_SCALE = 1e-4  # 30 overflows below torch's first 65536: that no scale can help
+
+
+def check_weights(model: nn.Module, epoch: int) -> None:
+    """Raise NonFiniteLossError, on all ranks together, unless all weights and running statistics are finite."""
+    tensors = [*model.parameters(), *model.buffers()]
+    finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
+    if sum_over_ranks((~finite).float()).item() > 0:
+        raise NonFiniteLossError(
+            f"weights became non-finite in the last steps of epoch {epoch}, which is not saved. Resume from the last "
+            "checkpoint with a lower --blr, a longer --warmup_epochs or --amp off"
+        )
 
 
 class Strikes:
