@@ -117,10 +117,11 @@ def main(args: argparse.Namespace) -> None:
         datasets.report_bad(val_set)
         shutdown()
         return
-    if args.finetune and not will_resume(env, args):
+    if args.finetune and not will_resume(env, args):  # a run that goes on brings all its weights
         # a small head starts from near-uniform predictions, so the first steps don't shake the backbone
         trunc_normal_(model.head.weight, std=2e-5)
         checkpoint.load_pretrained(args.finetune, model)
+    # every start passes here, a resumed one too: the place to freeze by hand, with requires_grad_(False)
     model.to(env.device)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"{args.model}: {n_parameters:,} parameters")

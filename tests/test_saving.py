@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from helpers import ROOT, assert_same, load, project_log, write_image
-from test_scripts import CLASSIFY, FINETUNE, LINPROBE, PRETRAIN, images, log_txt, train  # noqa: F401
+from test_scripts import CLASSIFY, FINETUNE, LINPROBE, MAINS, PRETRAIN, images, log_txt, train  # noqa: F401
 from torch import nn
 
 import main_pretrain
@@ -871,3 +872,21 @@ def test_scripts_refuse_a_folder_that_holds_a_run_before_they_look_at_the_data(t
     with pytest.raises(UserError, match="holds a run already"):
         main_pretrain.main(args)
     logging.getLogger("mae").handlers.clear()
+
+
+def test_parts_frozen_by_hand_stay_so_in_every_start(images, tmp_path, monkeypatch):  # noqa: F811
+    """At the place that main_finetune.py names, whether the weights come from --finetune or from --resume."""
+    source = (ROOT / "main_finetune.py").read_text()
+    place = re.search(r"\n    # every start passes here.*\n", source)
+    edited = ModuleType("edited")
+    exec(source.replace(place[0], "\n    model.blocks[:2].requires_grad_(False)\n"), edited.__dict__)
+    monkeypatch.setitem(MAINS, "edited", edited)
+    torch.save({"model": models_vit.vit_tiny_patch4(num_classes=3).state_dict()}, tmp_path / "b.pth")
+    args = (*FINETUNE, "--data_path", images, "--finetune", tmp_path / "b.pth", "--cls_token")
+    train("edited", tmp_path / "parts", *args, "--epochs", 1)
+    (tmp_path / "b.pth").rename(tmp_path / "c.pth")  # a run that goes on does without
+    train("edited", tmp_path / "parts", *args, "--epochs", 2, "--resume", "auto")
+    start, end = load(tmp_path / "c.pth")["model"], load(tmp_path / "parts" / "checkpoint-1.pth")["model"]
+    same = {name for name in start if torch.equal(start[name], end[name])}
+    assert {name for name in start if name.startswith(("blocks.0.", "blocks.1."))} <= same
+    assert not any(name.startswith(("blocks.2.", "blocks.3.", "patch_embed.")) and "weight" in name for name in same)
