@@ -28,10 +28,11 @@ def check_divisible(img_size: int | tuple[int, int], patch_size: int) -> None:
 
 
 _norm_layer = partial(nn.LayerNorm, eps=1e-6)
+_TIMM_S_WORD = {True: "avg", False: "token"}
 
 
 class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
-    """[N, 3, H, W] -> [N, num_classes].
+    """[N, C, H, W] -> [N, num_classes].
 
     `global_pool=True` feeds the head the mean of the patch tokens, class token left out, then `fc_norm`;
     False feeds it `norm` of the class token. Extra keywords go to timm's VisionTransformer.
@@ -46,22 +47,62 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         **timm_options,
     ) -> None:
         check_divisible(img_size, patch_size)
+        if global_pool not in (True, False):
+            raise UserError(f"global_pool {global_pool!r} is not known: use True (patch tokens) or False (class token)")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
-            global_pool="avg" if global_pool else "token",
+            global_pool=_TIMM_S_WORD[global_pool],
             norm_layer=norm_layer,
             **timm_options,
         )
+        # timm keeps its text here; the original a bool, which subclasses ask for in their own `forward_features`
+        self.global_pool = bool(global_pool)
+
+    def init_weights(self, *mode, **timm_options) -> None:
+        """timm's, but for a class token of std 0.02, as the positions have and as the original's had (timm's today:
+        1e-6). It matters where nothing pretrained is loaded.
+        """
+        super().init_weights(*mode, **timm_options)
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] -> [N, D]: what the head sees. (timm's method of this name returns all tokens.)"""
-        tokens = super().forward_features(imgs)
-        return self.forward_head(tokens, pre_logits=True)
+        """[N, C, H, W] -> [N, D]: what the head sees. (timm's method of this name returns all tokens.)"""
+        tokens = super().forward_features(imgs)  # timm's: embedding, blocks, `norm`
+        # in pretraining the class token is a dummy; fine-tuned, it and the mean do equally well (paper, appendix A.1).
+        # The class token is normalised before and the mean afterwards: the other norm is an identity
+        pooled = self.pool(tokens, "avg" if self.global_pool else "token")
+        return self.head_drop(self.fc_norm(pooled))
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] -> [N, num_classes]: logits."""
+        """[N, C, H, W] -> [N, num_classes]: logits."""
         return self.head(self.forward_features(imgs))
+
+    def encode(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, C, H, W] -> (class token [N, D], patch map [N, D, H/P, W/P]): as the autoencoder's.
+
+        Each token has passed the one final norm that the model has: `norm`, or with global pool `fc_norm`, which was
+        trained on the mean of the patch tokens (that mean itself, normalised, is what `forward_features` returns).
+        """
+        tokens = self.fc_norm(super().forward_features(imgs))
+        patches = tokens[:, self.num_prefix_tokens :]
+        return tokens[:, 0], patches.transpose(1, 2).unflatten(2, self.patch_embed.grid_size)
+
+    def pool(self, tokens: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
+        """[N, T, D] -> [N, D]: timm's, which without `pool_type` would look for its own word in `global_pool`."""
+        return super().pool(tokens, _TIMM_S_WORD[self.global_pool] if pool_type is None else pool_type)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | bool | None = None) -> None:
+        """Another head, of `num_classes`; 0 takes it away. Pooling stays as the model was built: it decides which norm
+        has weights. Raises UserError where `global_pool` asks for another ('' asks for none).
+        """
+        if global_pool not in (None, "", self.global_pool, _TIMM_S_WORD[self.global_pool]):
+            raise UserError(
+                f"global_pool {global_pool!r} is not how this model was built: build VisionTransformer(global_pool=…) "
+                "anew, and load the weights that fit"
+            )
+        super().reset_classifier(num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed, besides all one-dimensional ones."""
@@ -75,11 +116,5 @@ vit_base_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=768, dept
 vit_large_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
 vit_huge_patch14 = partial(VisionTransformer, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
 
-MODELS = {
-    "vit_tiny_patch4": vit_tiny_patch4,
-    "vit_tiny_patch16": vit_tiny_patch16,
-    "vit_small_patch16": vit_small_patch16,
-    "vit_base_patch16": vit_base_patch16,
-    "vit_large_patch16": vit_large_patch16,
-    "vit_huge_patch14": vit_huge_patch14,
-}
+# --model NAME -> builder: every one above
+MODELS = {name: builder for name, builder in globals().items() if name.startswith("vit_")}

@@ -53,7 +53,7 @@ def _pretraining_step(model: nn.Module, device: torch.device) -> TrainStep:
     step = Step(model, optimizer, device, dtype)
 
     def run(imgs: torch.Tensor) -> None:
-        step(lambda: model(imgs, mask_ratio=0.75, loss_only=True), update=True)
+        step(lambda: model(imgs, 0.75)[0], update=True)
 
     return run
 
@@ -84,11 +84,8 @@ class _EmbedsAll(models_mae.MaskedAutoencoderViT):
     """The same autoencoder, which embeds all patches and then drops the removed ones."""
 
     def forward_encoder(self, imgs, mask_ratio, noise=None):
-        ids_kept, ids_removed = self.random_masking(len(imgs), mask_ratio, noise)
-        ids_restore = torch.cat([ids_kept, ids_removed], dim=1).argsort(dim=1)
-        mask = (ids_restore >= ids_kept.shape[1]).float()
         tokens = self.patch_embed(imgs) + self.pos_embed[:, 1:]
-        kept = tokens.gather(1, ids_kept[:, :, None].expand(-1, -1, tokens.shape[2]))
+        kept, mask, ids_restore = self.random_masking(tokens, mask_ratio, noise)
         return self._encode_tokens(kept), mask, ids_restore
 
 
@@ -96,8 +93,8 @@ def as_the_original_trains(name: str, device: torch.device) -> TrainStep:
     """The habits of the original training loop, on today's torch, for an autoencoder or a classifier.
 
     Eager; fp16 with loss scaling (on the CPU, which has no fast fp16: bf16); attention that writes out its matrix; all
-    patches embedded and predicted; AdamW as torch builds it; the host waits three times a step: for the loss, for
-    the scaler's verdict and for the device.
+    patches embedded; AdamW as torch builds it; the host waits three times a step: for the loss, for the scaler's
+    verdict and for the device.
     """
     if name in models_mae.MODELS:
         model = models_mae.MODELS[name](norm_pix_loss=True)

@@ -122,7 +122,7 @@ def test_attention_written_out_gives_the_fused_one_s_loss_and_gradients():
         torch.manual_seed(0)
         model = models_mae.mae_vit_tiny_patch4()
         speed.choose_kernels(model, dtype, torch.device("cpu"))
-        loss = model(torch.randn(2, 3, 32, 32), 0.75, torch.rand(2, 64), loss_only=True)  # in float32, both
+        loss, _, _ = model(torch.randn(2, 3, 32, 32), 0.75, torch.rand(2, 64))  # in float32, both
         loss.backward()
         results.append([loss, *(param.grad for param in model.parameters() if param.grad is not None)])
     torch.set_float32_matmul_precision("highest")
@@ -168,7 +168,7 @@ def test_compiled_blocks_give_the_eager_loss_and_gradients_on_cuda(dtype):
         speed.prepare(model, compile_, False, torch.device("cuda"))
         imgs, noise = torch.randn(8, 3, 224, 224, device="cuda"), torch.rand(8, 196, device="cuda")
         with torch.autocast("cuda", dtype=dtype, enabled=dtype is not torch.float32):
-            loss = model(imgs, 0.75, noise, loss_only=True)
+            loss, _, _ = model(imgs, 0.75, noise)
         loss.backward()
         losses.append(loss.item())
         gradients.append(torch.cat([param.grad.flatten() for param in model.parameters() if param.grad is not None]))
@@ -199,7 +199,7 @@ def test_gradient_checkpointing_of_vit_l_keeps_less_than_40_percent_for_backward
     kept = []
     for grad_checkpointing in (False, True):
         model.set_grad_checkpointing(grad_checkpointing)
-        kept.append(kept_for_backward(model, lambda: model(imgs, 0.75, loss_only=True)))
+        kept.append(kept_for_backward(model, lambda: model(imgs, 0.75)[0]))
     tokens = {module: torch.randn(1, n, module.norm1.normalized_shape[0], requires_grad=True)
               for module, n in ((model.blocks[0], 50), (model.decoder_blocks[0], 197))}  # fmt: skip
     again = max(kept_for_backward(block, lambda: block(x)) for block, x in tokens.items())  # noqa: B023
@@ -218,7 +218,7 @@ def test_gradient_checkpointing_of_vit_l_takes_less_than_40_percent_of_the_memor
         torch.cuda.reset_peak_memory_stats()
         weights = torch.cuda.memory_allocated()
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = model(imgs, 0.75, noise, loss_only=True)
+            loss, _, _ = model(imgs, 0.75, noise)
         loss.backward()
         losses.append(loss.item())
         peaks.append(torch.cuda.max_memory_allocated() - weights)

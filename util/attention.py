@@ -9,13 +9,13 @@ def class_attention(model: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
     """[N, C, H, W] -> [N, heads, h, w]: the share of the class token's attention that each patch gets, in the last
     block, over the whole image. What is missing to 1 goes to the class token itself.
 
-    `model` is a masked autoencoder or a classifier of this project.
+    `model` is a masked autoencoder or a classifier of this project (it has `encode`).
     """
     attention = model.blocks[-1].attn
     inputs: list[torch.Tensor] = []
     hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     try:
-        model.encode(imgs) if hasattr(model, "encode") else model.forward_features(imgs)
+        model.encode(imgs)
     finally:
         hook.remove()
     qkv = attention.qkv(inputs[0]).unflatten(2, (3, attention.num_heads, -1))

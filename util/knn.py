@@ -9,7 +9,7 @@ from util.loader import DeviceLoader
 
 @torch.no_grad()
 def mean_features(model: nn.Module, loader: DeviceLoader) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images -> (features [n, D], labels [n]): the mean patch token of each whole image. `model`: see models_mae.py."""
+    """Images -> (features [n, D], labels [n]): the mean patch token of each whole image. `model` has `encode`."""
     model.eval()
     features, labels = [], []
     for imgs, targets in loader:

@@ -21,7 +21,7 @@ def param_groups_lrd(
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        layer = _layer_of(name, depth)
+        layer = get_layer_id_for_vit(name, depth + 1)
         decayed = param.ndim > 1 and name not in no_weight_decay_list
         group = groups.setdefault(
             (layer, decayed),
@@ -35,9 +35,10 @@ def param_groups_lrd(
     return list(groups.values())
 
 
-def _layer_of(name: str, depth: int) -> int:
-    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+def get_layer_id_for_vit(name: str, num_layers: int) -> int:
+    """Parameter name -> its layer: 0 patch embedding, class token, positions; i + 1 block i; `num_layers` the rest."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    return depth + 1
+    return num_layers

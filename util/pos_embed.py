@@ -3,9 +3,12 @@
 Letters: D width, L patches (L = h * w), T prefix tokens (the class token).
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import nn
 
 from util.errors import UserError
@@ -14,24 +17,34 @@ from util.errors import UserError
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False) -> np.ndarray:
     """(D, h, w) -> [L, D], or [1 + L, D] with a zero row first for the class token; float32.
 
-    The first D/2 channels encode the column, the last D/2 the row. Each half holds sines then cosines of
-    position / 10000^(2i / (D/2)), i = 0 .. D/4 - 1. `grid_size` is in patches, one number for a square.
+    The first D/2 channels encode the column, the last D/2 the row. `grid_size` is in patches, one number for a square.
     Raises ValueError when D is not divisible by 4. Source: paper, appendix A.1 (sine-cosine positions).
     """
-    if embed_dim % 4:
-        raise ValueError(f"embed_dim {embed_dim} must be divisible by 4: sine and cosine, for row and column")
-    height, width = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    table = np.concatenate([_sincos(embed_dim // 2, columns), _sincos(embed_dim // 2, rows)], axis=1)
+    height, width = (grid_size, grid_size) if np.ndim(grid_size) == 0 else grid_size
+    table = get_2d_sincos_pos_embed_from_grid(embed_dim, np.meshgrid(np.arange(width), np.arange(height)))
     if cls_token:
         table = np.concatenate([np.zeros((1, embed_dim)), table])
     return table.astype(np.float32)
 
 
-def _sincos(dim: int, positions: np.ndarray) -> np.ndarray:
-    """[h, w] -> [L, dim], float64: sines of all frequencies, then cosines."""
-    frequencies = 10000.0 ** (-np.arange(dim // 2) / (dim / 2))
-    angles = np.outer(positions.reshape(-1), frequencies)
+def get_2d_sincos_pos_embed_from_grid(embed_dim: int, grid: ArrayLike) -> np.ndarray:
+    """(D, columns and rows [2, ...]) -> [M, D], float64, of M positions. Raises ValueError as the table of a grid."""
+    if embed_dim % 4:
+        raise ValueError(f"embed_dim {embed_dim} must be divisible by 4: sine and cosine, for row and column")
+    columns, rows = (get_1d_sincos_pos_embed_from_grid(embed_dim // 2, grid[axis]) for axis in (0, 1))
+    return np.concatenate([columns, rows], axis=1)
+
+
+def get_1d_sincos_pos_embed_from_grid(embed_dim: int, pos: ArrayLike) -> np.ndarray:
+    """(D, positions of any shape, M in all) -> [M, D], float64: sines, then cosines, of position / 10000^(2i / D) for
+    i = 0 .. D/2 - 1.
+
+    Raises ValueError when D is odd. Source: Vaswani et al. 2017, section 3.5, where sines and cosines alternate.
+    """
+    if embed_dim % 2:
+        raise ValueError(f"embed_dim {embed_dim} must be even: half of it sines, half cosines")
+    frequencies = 10000.0 ** (-np.arange(embed_dim // 2) / (embed_dim / 2))
+    angles = np.outer(pos, frequencies)  # flattens the positions
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
@@ -41,18 +54,23 @@ def interpolate_pos_embed(
     """[1, T + L, D] -> [1, T + L', D]: resize `state_dict['pos_embed']` in place to the grid of `model`.
 
     Bicubic, prefix tokens unchanged. `source_grid` is (height, width) in patches; None infers it: a square where the
-    number of patches is one, else the model's own grid. Raises UserError where neither fits. What has no such shape
-    stays as it is: whoever loads it names the shape.
+    number of patches is one, else the model's own grid: `patch_embed.grid_size`, or a square where there is no such
+    attribute. Raises UserError where neither fits. What has no such shape stays as it is: whoever loads it names the
+    shape.
     """
-    old = state_dict.get("pos_embed")
-    target_grid = tuple(model.patch_embed.grid_size)
-    n_prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
+    old, n_new = state_dict.get("pos_embed"), int(model.patch_embed.num_patches)
+    target_grid = tuple(getattr(model.patch_embed, "grid_size", None) or [math.isqrt(n_new)] * 2)
+    n_prefix = model.pos_embed.shape[1] - n_new
     if old is None or old.ndim != 3 or old.shape[0] != 1 or old.shape[1] <= n_prefix:
         return
     n_old = old.shape[1] - n_prefix
+    if math.prod(target_grid) != n_new:
+        if n_old == n_new:
+            return
+        raise UserError(f"the model has {n_new} patches, no square, and no patch_embed.grid_size: say their grid there")
     expected = "the grid it was trained with, by its own arguments"
     if source_grid is None:
-        side = int(n_old**0.5)
+        side = math.isqrt(n_old)
         source_grid = (side, side) if side * side == n_old else target_grid
         expected = "a square or the model's grid"
     if source_grid[0] * source_grid[1] != n_old:
