@@ -32,9 +32,14 @@ from util.crop import RandomResizedCrop
 from util.dist import Dist
 from util.errors import NonFiniteLossError, UserError
 from util.lars import LARS
-from util.lr_decay import param_groups_lrd
+from util.lr_decay import get_layer_id_for_vit, param_groups_lrd
 from util.lr_sched import Schedule, adjust_learning_rate, scaled_lr
-from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
+from util.pos_embed import (
+    get_1d_sincos_pos_embed_from_grid,
+    get_2d_sincos_pos_embed,
+    get_2d_sincos_pos_embed_from_grid,
+    interpolate_pos_embed,
+)
 from util.run import Run
 from util.run_log import RunLog
 from util.step import Step, autocast_dtype
@@ -153,6 +158,19 @@ def test_layer_decay_gives_each_parameter_the_recorded_rate_and_decay(recipe, si
     for name, (scale, weight_decay) in expected.items():
         assert groups[name]["lr_scale"] == pytest.approx(scale, rel=1e-12), name
         assert groups[name]["weight_decay"] == weight_decay, name
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("cls_token", 0), ("pos_embed", 0), ("patch_embed.proj.weight", 0), ("patch_embed_2.proj.weight", 0),
+        ("blocks.0.norm1.weight", 1), ("blocks.11.mlp.fc2.bias", 12), ("norm.weight", 13), ("fc_norm.bias", 13),
+        ("head.weight", 13), ("cls_token_2", 13), ("decoder_blocks.0.norm1.bias", 13),
+    ],
+)  # fmt: skip
+def test_each_parameter_has_a_layer(name, layer):
+    assert get_layer_id_for_vit(name, 13) == layer
+    assert get_layer_id_for_vit(name=name, num_layers=13) == layer
 
 
 def test_layer_decay_leaves_out_frozen_parameters():
@@ -325,9 +343,42 @@ def test_position_table_of_a_rectangle_encodes_column_then_row():
             np.testing.assert_allclose(table[row * 5 + column], naive, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("whole", [int, np.int64, np.int32, np.uint8, np.uint64])
+def test_position_table_takes_numpy_s_integers(whole):
+    expected = get_2d_sincos_pos_embed(8, (3, 3), cls_token=True)
+    assert np.array_equal(get_2d_sincos_pos_embed(whole(8), whole(3), cls_token=True), expected)
+    assert np.array_equal(get_2d_sincos_pos_embed(8, np.array([3, 3], dtype=whole), cls_token=True), expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 2, 2), (1,)])
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, np.ndarray.tolist])
+def test_positions_of_any_shape_and_number_of_dimensions_are_encoded(shape, kind):
+    grid = np.random.default_rng(0).uniform(0, 20, (2, *shape))
+
+    def naive(places, width):
+        rates = [1 / 10000 ** (i / (width // 2)) for i in range(width // 2)]
+        return [[f(place * rate) for f in (math.sin, math.cos) for rate in rates] for place in places.flatten()]
+
+    one = get_1d_sincos_pos_embed_from_grid(6, kind(grid[0]))
+    assert one.dtype == np.float64 and one.shape == (grid[0].size, 6)
+    np.testing.assert_allclose(one, naive(grid[0], 6), rtol=0, atol=1e-12)
+    two = get_2d_sincos_pos_embed_from_grid(8, kind(grid))
+    np.testing.assert_allclose(two, np.hstack([naive(axis, 4) for axis in grid]), rtol=0, atol=1e-12)
+
+
+def test_the_table_of_a_grid_is_made_of_columns_then_rows():
+    grid = np.stack(np.meshgrid(np.arange(5, dtype=np.float32), np.arange(2, dtype=np.float32))).reshape(2, 1, 2, 5)
+    np.testing.assert_allclose(
+        get_2d_sincos_pos_embed_from_grid(8, grid), get_2d_sincos_pos_embed(8, (2, 5)), atol=1e-7
+    )
+
+
 def test_position_table_needs_a_width_divisible_by_4():
-    with pytest.raises(ValueError, match="embed_dim 6 must be divisible by 4"):
-        get_2d_sincos_pos_embed(6, 4)
+    for table in (lambda: get_2d_sincos_pos_embed(6, 4), lambda: get_2d_sincos_pos_embed_from_grid(6, np.ones((2, 3)))):
+        with pytest.raises(ValueError, match="embed_dim 6 must be divisible by 4"):
+            table()
+    with pytest.raises(ValueError, match="embed_dim 7 must be even"):
+        get_1d_sincos_pos_embed_from_grid(7, np.arange(3))
 
 
 def grid_model(height: int, width: int) -> VisionTransformer:
@@ -375,6 +426,32 @@ def test_positions_move_between_rectangles(source, target, given):
         assert_close(state["pos_embed"], resized(old, source, target))
     model = grid_model(*target)
     model.load_state_dict(state | {k: v for k, v in model.state_dict().items() if k != "pos_embed"})
+
+
+class WithoutGrid(nn.Module):
+    """A model of somebody else's: its `patch_embed` has nothing but `num_patches`."""
+
+    def __init__(self, num_patches) -> None:
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.num_patches = num_patches
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + int(num_patches), 16))
+
+
+@pytest.mark.parametrize("kind", [int, np.int64])
+@pytest.mark.parametrize(("old", "new"), [(16, 49), (49, 16), (16, 16), (15, 15)])
+def test_a_model_that_knows_its_number_of_patches_alone_is_square(old, new, kind):
+    torch.manual_seed(0)
+    positions = torch.randn(1, 1 + old, 16)
+    state = {"pos_embed": positions.clone()}
+    interpolate_pos_embed(WithoutGrid(kind(new)), state)
+    sides = [(math.isqrt(n), math.isqrt(n)) for n in (old, new)]
+    assert_close(state["pos_embed"], positions if old == new else resized(positions, *sides))
+
+
+def test_a_model_without_grid_that_is_no_square_gets_no_other_s_positions():
+    with pytest.raises(UserError, match="the model has 15 patches, no square, and no patch_embed.grid_size"):
+        interpolate_pos_embed(WithoutGrid(15), {"pos_embed": torch.zeros(1, 17, 16)})
 
 
 def test_positions_of_an_unknown_grid_are_refused():
