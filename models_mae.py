@@ -57,11 +57,11 @@ class MaskedAutoencoderViT(nn.Module):
         self.mask_noise = masks.random
         self.grad_checkpointing = False
 
-        # encoder: a plain ViT. The class token learns nothing here; classifiers may want one (paper, appendix A.1)
+        # encoder: a plain ViT. The class token is a dummy, for classifiers that want one (paper, appendix A.1)
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         length = 1 + self.patch_embed.num_patches  # the class token comes first
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        # fixed sin-cos positions; parameters all the same, since released files hold them
+        # sin-cos positions, fixed (appendix A.1); parameters all the same, since released files hold them
         self.pos_embed = nn.Parameter(torch.zeros(1, length, embed_dim), requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth)
@@ -90,6 +90,7 @@ class MaskedAutoencoderViT(nn.Module):
             pos_embed.data.copy_(torch.from_numpy(table).unsqueeze(0))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
+        # norms start as torch has them, at 1 and 0
         self.apply(self._init_weights)
         # the patch projection is a Linear in disguise: one row per output, one column per pixel of a patch
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
@@ -105,7 +106,9 @@ class MaskedAutoencoderViT(nn.Module):
         return self._cut(imgs)
 
     def _cut(self, imgs: torch.Tensor) -> torch.Tensor:
-        # apart from `patchify`, so that who changes the target there does not change what the encoder sees
+        """[N, C, H, W] -> [N, L, P*P*C]. Raises UserError for images of another size than the model's."""
+        # apart from `patchify`, so that who changes the target there does not change what the encoder sees; and no
+        # convolution, so that pixels can be left out before they cost anything
         if tuple(imgs.shape[2:]) != tuple(self.patch_embed.img_size):
             raise UserError(
                 f"images of {tuple(imgs.shape[2:])} pixels, but the model has img_size {self.patch_embed.img_size}"
@@ -128,10 +131,10 @@ class MaskedAutoencoderViT(nn.Module):
         back into image order. The K patches of least `noise` [N, L] are kept, in its order; None asks `mask_noise`.
         """
         n, length, _ = x.shape
-        k = kept_patches(length, mask_ratio)
+        k = kept_patches(length, mask_ratio)  # before anything is drawn: it refuses ratios that keep nothing
         if noise is None:
-            grid = getattr(self.patch_embed, "grid_size", (1, length))
-            if grid[0] * grid[1] != length:  # tokens that a subclass made in its own way: they lie in a row
+            grid = getattr(self.patch_embed, "grid_size", None)
+            if grid is None or grid[0] * grid[1] != length:  # tokens that a subclass made in its way: they lie in a row
                 grid = (1, length)
             noise = self.mask_noise(n, grid, mask_ratio, x.device)
         # a shuffle, of which the head is kept: the same number for each image, so that a batch stays one dense tensor
@@ -162,7 +165,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _run(self, blocks: nn.ModuleList, tokens: torch.Tensor) -> torch.Tensor:
         """[N, T, D] -> [N, T, D] through all blocks; with `grad_checkpointing` backward computes each block again."""
-        for block in blocks:
+        for block in blocks:  # one by one, since --compile compiles each by itself
             if self.grad_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
@@ -175,6 +178,8 @@ class MaskedAutoencoderViT(nn.Module):
 
     def encode(self, imgs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[N, C, H, W] -> (class token [N, D], patch map [N, D, H/P, W/P]): features of whole images, no mask."""
+        # what pretraining is for: images without a mask. The encoder has never seen a mask token, so it does not miss
+        # them here (table 1c)
         latent = self._encode_tokens(self.patch_embed(imgs) + self.pos_embed[:, 1:])
         return latent[:, 0], latent[:, 1:].transpose(1, 2).unflatten(2, self.patch_embed.grid_size)
 
@@ -212,6 +217,8 @@ class MaskedAutoencoderViT(nn.Module):
 
         Training uses this loss. Raises UserError where the ratio keeps no patch, or removes none.
         """
+        # three quarters: fine-tuning and linear probing both do well there (figure 5). Where less is removed, what is
+        # missing can be continued from its neighbours (section 3, "Masking"), and the encoder has more to compute
         given = () if noise is None else (noise,)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *given)
         pred = self.forward_decoder(latent, ids_restore)
@@ -224,8 +231,10 @@ class MaskedAutoencoderViT(nn.Module):
         return loss, pred, mask
 
 
+# 1e-6 as ViT's official code; torch's own is 1e-5, which released weights would feel
 _mae = partial(MaskedAutoencoderViT, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-# the decoder of the patch-4 model is as small as its encoder; all others have the paper's: 512 wide, 8 blocks
+# base, large and huge have ViT's sizes (Dosovitskiy et al. 2020, table 1). The decoder is the same for all, 512 wide
+# with 8 blocks, but for the patch-4 model, where it is as small as the encoder
 _tiny_decoder = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
 mae_vit_tiny_patch4 = partial(_mae, img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, **_tiny_decoder)
 mae_vit_tiny_patch16 = partial(_mae, patch_size=16, embed_dim=192, depth=12, num_heads=3)

@@ -61,7 +61,7 @@ def reconstruct(
         raise UserError(f"statistics {statistics!r} is not known: use one of {', '.join(STATISTICS)}")
     was_training = model.training
     model.eval()
-    loss, pred, mask = model(imgs, mask_ratio, noise)
+    loss, pred, mask = model(imgs, mask_ratio, *(() if noise is None else (noise,)))
     model.train(was_training)
     pred = pred.float()
     if model.norm_pix_loss:
