@@ -13,10 +13,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 import models_mae
-from tests.helpers import ROOT
 from util.visualize import from_images, mask_noise, reconstruct
 
 gr = pytest.importorskip("gradio")

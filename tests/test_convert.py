@@ -8,10 +8,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import assert_same, project_log
 
 import models_mae
 import models_vit
-from tests.helpers import assert_same, project_log
 from util import build, checkpoint, convert, download
 from util.errors import UserError
 

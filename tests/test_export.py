@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
+from helpers import assert_same, load
 from torch import nn
 from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
 import models_mae
 import models_vit
-from tests.helpers import assert_same, load
 from util import build
 from util.checkpoint import load_pretrained
 from util.errors import UserError

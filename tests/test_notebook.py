@@ -11,10 +11,10 @@ import threading
 
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 import models_mae
-from tests.helpers import ROOT
 
 NOTEBOOK = ROOT / "demo" / "mae_visualize.ipynb"
 

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers import ON_CPU, assert_same, load, project_log, run, torchrun, write_image_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 import models_mae
-from tests.helpers import ON_CPU, assert_same, load, project_log, run, torchrun, write_image_folder
 from util.datasets import Images, list_images
 from util.dist import Dist
 from util.errors import UserError
