@@ -14,11 +14,12 @@ def param_groups_lrd(
     """Model -> optimizer groups, each with `lr_scale` = layer_decay^(depth + 1 - layer) and its `weight_decay`.
 
     Layer 0: patch embedding, class token, positions; layer i + 1: block i; layer depth + 1 (scale 1): the rest.
-    One-dimensional parameters and those of `no_weight_decay_list` are not decayed; frozen ones are left out.
+    One-dimensional parameters and those of `no_weight_decay_list` are not decayed; frozen ones are left out. Order is
+    that of the original's checkpoints, which know parameters by number: there `fc_norm` came after the head.
     """
     depth = len(model.blocks)
     groups: dict[tuple[int, bool], dict] = {}
-    for name, param in model.named_parameters():
+    for name, param in sorted(model.named_parameters(), key=lambda named: named[0].startswith("fc_norm.")):
         if not param.requires_grad:
             continue
         layer = get_layer_id_for_vit(name, depth + 1)

@@ -104,6 +104,7 @@ def resume(
     if not has_training_state(state):
         log.info(f"resumed {path}")
         return Start(args.start_epoch)
+    _check_trained(path, state.get("trained"), trained(model, optimizer))
     load_training_state(path, state, optimizer, scaler)
     start = _start(path, state, saved_args, args, env)
     log.info(f"resumed {path}: goes on at epoch {start.epoch}, batch {start.part.iteration}")
@@ -128,6 +129,29 @@ def _check_size(path: str | Path, saved: dict, args: argparse.Namespace) -> None
         raise UserError(f"{path} was trained with --input_size {there}, not {here}: resume with the same")
 
 
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters that the optimizer updates, in its order: a checkpoint knows them by number alone."""
+    names = {param: name for name, param in model.named_parameters()}
+    return [names.get(param, "of no model") for group in optimizer.param_groups for param in group["params"]]
+
+
+def _check_trained(path: str | Path, there: object, here: list[str]) -> None:
+    """Frozen parameters have no moments. Groups of equal sizes and shapes may still be those of other layers."""
+    if there is None or there == here:
+        return
+    if not isinstance(there, list) or not all(isinstance(name, str) for name in there):
+        raise UserError(f"{path}: its list of trained parameters is {contents.shown(there)}, with others than names")
+    what = []
+    for one, other, where in ((there, here, "only there"), (here, there, "only here")):
+        known = set(other)
+        if names := [name for name in one if name not in known]:
+            what.append(f"{len(names)} {where}, such as {contents.shown(names[0])}")
+    raise UserError(
+        f"{path} is of a run that trained {len(there)} parameters, here {len(here)}: "
+        f"{', '.join(what) or 'the same ones in another order'}. Freeze the same ones as there"
+    )
+
+
 def has_training_state(state: dict) -> bool:
     """Whether a checkpoint's content is more than weights: the files of released models are not."""
     return "optimizer" in state and "epoch" in state
@@ -138,23 +162,15 @@ def load_training_state(
 ) -> None:
     """Load the moments and, where `state` has one, the loss scale, of the checkpoint at `path`; UserError if unfit.
 
-    Of the optimizer's options only the rate is the file's, and that is set anew before each step. The others (weight
-    decay, kernel) stay as the run built them: they are what was asked for on resuming, and files of the original code
-    know no fused kernels, without which updates that are not finite could not be left out.
+    Of the optimizer's options only the rate is the file's: see `contents.check_training_state`.
     """
     try:
-        contents.check_training_state(state, optimizer, scaler)
-    except ValueError as error:
+        optimizer.load_state_dict(contents.check_training_state(state, optimizer, scaler))
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:  # of the check, or the optimizer's reader
         raise UserError(
-            f"the training state of {path} does not fit: {error}. Resume with the options it was trained with, such as "
-            "--layer_decay"
+            f"the training state of {path} does not fit: {str(error)[:1000]}. Resume with the options it was trained "
+            "with, such as --layer_decay, and with the same parameters frozen"
         ) from error
-    saved, built = state["optimizer"], optimizer.state_dict()["param_groups"]
-    groups = [
-        {**ours, "params": theirs["params"], "lr": theirs.get("lr", ours["lr"])}
-        for ours, theirs in zip(built, saved["param_groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
 
@@ -181,7 +197,7 @@ def _name_differences(
     """Warn of what changes the mathematics and differs from the file's: options, effective batch, training images."""
     ours = vars(args)
     differing = [
-        f"--{name} {ours[name]} (was {saved[name]})"
+        f"--{name} {ours[name]} (was {_brief(saved[name])})"
         for name in sorted(ours.keys() & saved.keys() - MAY_DIFFER)
         if ours[name] != saved[name]
     ]
@@ -194,6 +210,13 @@ def _name_differences(
         differing.append(f"{n_images} training images, so another order (was {state['n_images']})")
     if differing:
         log.warning(f"this run differs from the one that wrote {path}: {', '.join(differing)}")
+
+
+def _brief(value: object) -> str:
+    """An option's value from a file, a few dozen characters of it."""
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_brief, value[:4]))}{', ...' * (len(value) > 4)})"
+    return contents.shown(value).strip("'\"")
 
 
 def _warn_of_newer(path: str | Path, output_dir: str) -> None:

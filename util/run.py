@@ -1,8 +1,8 @@
 """A run that cannot be lost: what an engine's loop tells it, it logs, judges and saves; and it leaves at a signal.
 
-A checkpoint is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict), `world_size` and `n_images`;
-within an epoch also `iteration` (batches done) and `progress` (the sums of its means so far); in classifiers
-`max_accuracy` and `best`.
+A checkpoint is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict), `world_size`, `n_images` and
+`trained` (names of the optimizer's parameters, in its order); within an epoch also `iteration` (batches done) and
+`progress` (the sums of its means so far); in classifiers `max_accuracy` and `best`.
 """
 
 import argparse
@@ -235,9 +235,11 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "epoch": epoch,
-            "scaler": self.step.scaler.state_dict(),
+            # without loss scaling that of a fresh scaler: the original's takes no empty state
+            "scaler": self.step.scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict(),
             "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
             "world_size": self.env.world_size,
+            "trained": resume.trained(self.model, self.step.optimizer),
         }
         if self.n_images is not None:
             state["n_images"] = self.n_images
