@@ -1,5 +1,6 @@
 """From gradients to weights: optimizers, decay, schedules, positions, the optimizer step, and both engines."""
 
+import io
 import math
 import re
 from collections import Counter
@@ -7,9 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm.optim
 import torch
 import torch.nn.functional as F
-from helpers import project_log, quiet_run, write_image_folder
+from helpers import assert_same, project_log, quiet_run, write_image_folder
 from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -40,6 +42,7 @@ from util.pos_embed import (
     get_2d_sincos_pos_embed_from_grid,
     interpolate_pos_embed,
 )
+from util.resume import load_training_state
 from util.run import Run
 from util.run_log import RunLog
 from util.step import Step, autocast_dtype
@@ -142,6 +145,162 @@ def test_lars_steps_plainly_from_a_zero_matrix_and_stays_at_a_zero_gradient():
     assert_close(zero.data, torch.full((2, 2), -0.3))
     assert torch.equal(still, torch.ones(2, 2))
     assert torch.equal(unused, torch.ones(2, 2))
+
+
+# --- optimizers of all kinds, saved and resumed -------------------------------------------------------------------
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Two optimizers in one, as users of torch's Muon combine them: it takes matrices alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        matrices = [param for param in model.parameters() if param.ndim == 2]
+        others = [param for param in model.parameters() if param.ndim != 2]
+        super().__init__([*matrices, *others], {"lr": 0.01})
+        self.both = [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=0.01, fused=True)]
+
+    def step(self, closure=None):
+        for optimizer in self.both:
+            optimizer.step(closure)
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self.both]
+
+    def load_state_dict(self, state):
+        for optimizer, one in zip(self.both, state, strict=True):
+            optimizer.load_state_dict(one)
+
+
+def of_model(make, **options):
+    return lambda model: make(model.parameters(), lr=0.01, **options)
+
+
+OPTIMIZERS = {
+    "AdamW": of_model(torch.optim.AdamW),
+    "AdamW fused": of_model(torch.optim.AdamW, fused=True, amsgrad=True),
+    "SGD": of_model(torch.optim.SGD),
+    "SGD momentum": of_model(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "Adafactor": of_model(torch.optim.Adafactor),
+    "Muon": lambda model: torch.optim.Muon([param for param in model.parameters() if param.ndim == 2], lr=0.01),
+    "Muon and AdamW": MuonAndAdamW,
+    "LARS": of_model(LARS, weight_decay=0.1),
+    "Rprop": of_model(torch.optim.Rprop),
+    # timm's: with factors, a counter in the group, weights kept after some steps
+    **{
+        name: lambda model, name=name: timm.optim.create_optimizer_v2(model, opt=name, lr=0.01, weight_decay=0.05)
+        for name in (
+            "kron",  # lists, and a generator's state beside (compiles for 10 s)
+            "adafactor", "adafactorbv", "muon", "lion", "lamb", "adan", "madgrad", "nadamw", "adopt", "mars",
+            "laprop", "rmsproptf", "sgdp", "novograd", "lars", "adabelief", "lookahead_adamw", "lookahead_adan",
+        )
+    },
+}  # fmt: skip
+
+
+def varied_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 4, 4), nn.Flatten(), nn.LayerNorm(96), nn.Linear(96, 20), nn.Linear(20, 2), nn.Linear(2, 2)
+    )
+
+
+def train_varied(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Each step's images and draws depend on its number; the last layer never gets a gradient."""
+    for step in steps:
+        torch.manual_seed(step)
+        model[:-1](torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def off_and_back(state: object) -> dict:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+
+
+def go_on(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """As --resume does."""
+    model.load_state_dict(state["model"])
+    load_training_state("checkpoint.pth", state, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "kron" else name for name in OPTIMIZERS]
+)
+def test_any_optimizer_goes_on_bit_for_bit(name):
+    whole, first, second = varied_model(0), varied_model(0), varied_model(1)
+    one, two, three = (OPTIMIZERS[name](model) for model in (whole, first, second))
+    train_varied(whole, one, range(12))
+    train_varied(first, two, range(8))  # past the sixth, where Lookahead first keeps something
+    state = off_and_back({"model": first.state_dict(), "optimizer": two.state_dict(), "epoch": 0})
+    train_varied(second, three, range(3))  # as before a rollback
+    go_on(state, second, three)
+    assert_same(second.state_dict(), first.state_dict())
+    train_varied(second, three, range(8, 12))
+    assert_same(second.state_dict(), whole.state_dict())
+    assert_same(three.state_dict(), one.state_dict())
+
+
+ODD_LAYOUTS = {
+    "stride 0": lambda moment: torch.full((1,), 0.5).expand(moment.shape),
+    "transposed": lambda moment: moment.transpose(0, -1).contiguous().transpose(0, -1),
+    "channels-last": lambda moment: (
+        moment.contiguous(memory_format=torch.channels_last) if moment.ndim == 4 else moment
+    ),
+    "in double": lambda moment: moment.double(),
+    "in a larger storage": lambda moment: torch.stack([moment, moment, moment], -1)[..., 1],
+}
+
+
+@pytest.mark.parametrize("layout", ODD_LAYOUTS)
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "LARS", "lion"])
+def test_moments_are_laid_out_as_their_parameters_however_the_file_has_them(name, layout):
+    """The fused kernel pairs numbers by their place in memory, and writes as many as the parameter has."""
+    model, plain = varied_model(0), varied_model(0)
+    optimizer, expected = OPTIMIZERS[name](model), OPTIMIZERS[name](plain)
+    train_varied(model, optimizer, range(3))
+    state = off_and_back({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 0})
+    for moments in state["optimizer"]["state"].values():
+        moments |= {key: ODD_LAYOUTS[layout](moments[key]) for key in moments if key != "step"}
+    ordinary = off_and_back(state)
+    for moments in ordinary["optimizer"]["state"].values():
+        moments |= {key: moments[key].float().contiguous().clone() for key in moments}
+    go_on(state, model, optimizer)
+    plain.load_state_dict(ordinary["model"])
+    expected.load_state_dict(ordinary["optimizer"])
+    for param, moments in optimizer.state.items():
+        assert {moment.stride() for key, moment in moments.items() if key != "step"} == {param.stride()}
+        assert all(moment.untyped_storage().nbytes() == moment.nbytes for moment in moments.values())
+    for one, two in ((model, optimizer), (plain, expected)):
+        train_varied(one, two, range(3, 6))
+    assert_same(model.state_dict(), plain.state_dict())
+
+
+def test_moments_that_share_memory_are_parted():
+    model = varied_model(0)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    train_varied(model, optimizer, range(1))
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 0}
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg_sq"] = moments["exp_avg"]
+    go_on(off_and_back(state), model, optimizer)
+    places = [value.data_ptr() for moments in optimizer.state.values() for value in moments.values()]
+    assert len(set(places)) == len(places) == 3 * 8
+
+
+def test_a_look_at_what_an_optimizer_keeps_leaves_weights_and_gradients():
+    model = varied_model(0)
+    optimizer = MuonAndAdamW(model)
+    train_varied(model, optimizer, range(2))
+    model(torch.ones(1, 3, 8, 8)).sum().backward()
+    weights = {name: param.clone() for name, param in model.named_parameters()}
+    grads = {name: param.grad.clone() for name, param in model.named_parameters()}
+    state = off_and_back({"optimizer": optimizer.state_dict(), "epoch": 0})
+    load_training_state("c.pth", state, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    assert_same(dict(model.named_parameters()), weights)
+    assert_same({name: param.grad for name, param in model.named_parameters()}, grads)
 
 
 # --- which parameter gets which rate and decay --------------------------------------------------------------------
