@@ -313,7 +313,7 @@ def test_layer_decay_gives_each_parameter_the_recorded_rate_and_decay(recipe, si
         model = models_vit.MODELS[f"vit_{size}"](num_classes=1000, global_pool=True)
     groups = named_groups(model, param_groups_lrd(model, 0.05, model.no_weight_decay(), decay))
     expected = recipe[f"layer_decay/{size}/{decay}"]
-    assert groups.keys() == expected.keys()
+    assert list(groups) == list(expected), "the original's order: checkpoints know parameters by number"
     for name, (scale, weight_decay) in expected.items():
         assert groups[name]["lr_scale"] == pytest.approx(scale, rel=1e-12), name
         assert groups[name]["weight_decay"] == weight_decay, name
@@ -344,7 +344,9 @@ def test_pretraining_decays_the_recorded_parameters(recipe, size):
     with torch.device("meta"):
         model = models_mae.MODELS[f"mae_vit_{size}"]()
     groups = named_groups(model, param_groups_weight_decay(model, 0.05))
-    assert {name: group["weight_decay"] for name, group in groups.items()} == recipe[f"pretrain_weight_decay/{size}"]
+    recorded = recipe[f"pretrain_weight_decay/{size}"]
+    assert {name: group["weight_decay"] for name, group in groups.items()} == recorded
+    assert list(groups) == list(recorded), "the original's order"
 
 
 class Caught(Exception):

@@ -5,20 +5,26 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from helpers import ROOT, assert_same, load, project_log, write_image
+from conftest import GOLDEN
+from helpers import ON_CPU, ROOT, assert_same, load, project_log, write_image, write_image_folder
 from test_scripts import CLASSIFY, FINETUNE, LINPROBE, MAINS, PRETRAIN, images, log_txt, train  # noqa: F401
+from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.testing import assert_close
 
 import main_pretrain
+import models_mae
 import models_vit
 import util.resume
 from engine_finetune import evaluate
@@ -28,6 +34,7 @@ from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.files import checkpoints, save
+from util.lr_decay import param_groups_lrd
 from util.progress import Part
 from util.resume import Start, newest, refuse_second_run, resume, will_resume
 from util.rng import image_order
@@ -100,7 +107,8 @@ def test_what_is_written_comes_back(tmp_path):
     one = saver(tmp_path, input_size=(32, 64), data_path=Path("/in"), lr=None)
     one.save_epoch(3)
     state = load(tmp_path / "checkpoint-3.pth")
-    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "world_size"}
+    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "world_size", "trained"}
+    assert state["trained"] == ["weight", "bias"]
     assert state["epoch"] == 3 and state["world_size"] == 1
     # a plain dict of plain values, so that it loads without this project
     expected = {**OPTIONS, "output_dir": str(tmp_path), "input_size": (32, 64), "data_path": "/in", "lr": None}
@@ -110,6 +118,20 @@ def test_what_is_written_comes_back(tmp_path):
     assert state["scaler"]["scale"] == 8.0
     assert_same(checkpoint.load(tmp_path / "checkpoint-3.pth"), state)
     assert names(tmp_path) == ["checkpoint-3.pth"]  # no temporary file stays
+
+
+@pytest.mark.parametrize(("theirs", "scale"), [(True, 65536.0), (False, 1.0)])
+def test_file_without_loss_scaling_has_the_state_of_a_fresh_scaler(theirs, scale, tmp_path):
+    """Of an empty one, the original's scaler on CUDA says that it is no state."""
+    one = saver(tmp_path)
+    one.step.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    one.save_epoch(0)
+    state = load(tmp_path / "checkpoint-0.pth")["scaler"]
+    fresh = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+    assert state == {**fresh, "_growth_tracker": 0}
+    model, ours = nn.Linear(3, 2), torch.amp.GradScaler("cpu", init_scale=2.0, enabled=theirs)
+    assert resume(ENV, options(tmp_path), model, trained(model), ours) == Start(1)
+    assert ours.get_scale() == scale
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (20, [0, 5])])
@@ -664,6 +686,255 @@ def test_optimizer_of_other_groups_is_refused(tmp_path):
     assert path in error.value.message and "--layer_decay" in error.value.message
 
 
+class Tiny(models_vit.VisionTransformer):
+    """As wide as it has classes, so that a head's bias and a norm's weight have one shape."""
+
+    def __init__(self, pool: bool = True) -> None:
+        super().__init__(img_size=16, patch_size=8, embed_dim=8, depth=2, num_heads=2, num_classes=8, global_pool=pool)
+
+
+def recorded_groups(recipe: dict, model: nn.Module, first: bool = False) -> list[dict]:
+    """Groups in the original's order; with `first` as this project wrote them in the beginning."""
+    recorded = {
+        name: how for name, how in recipe["layer_decay/base_patch16/0.75"].items() if name in model.state_dict()
+    }
+    if first:
+        norm = {name: recorded.pop(name) for name in ("fc_norm.weight", "fc_norm.bias")}
+        head = {name: recorded.pop(name) for name in ("head.bias", "head.weight")}
+        recorded |= norm | head
+    groups: dict[tuple, list] = {}
+    for name, how in recorded.items():
+        groups.setdefault(tuple(how), []).append(model.get_parameter(name))
+    return [{"params": params, "weight_decay": decay} for (_, decay), params in groups.items()]
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {name: optimizer.state[param]["exp_avg"] for name, param in model.named_parameters()}
+
+
+def stepped(model: nn.Module, groups: list[dict]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    return optimizer
+
+
+def decayed(model: nn.Module) -> list[dict]:
+    return param_groups_lrd(model, 0.05, model.no_weight_decay(), 0.75)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_classifier_of_the_original_or_of_our_first_files_goes_on_with_each_moment_in_its_place(
+    first, recipe, tmp_path
+):
+    model, other = Tiny(), Tiny()
+    old = stepped(model, recorded_groups(recipe, model, first))
+    path = written(tmp_path / "c.pth", model, optimizer=old.state_dict(), epoch=7)
+    new = stepped(other, decayed(other))
+    assert resumed(tmp_path, other, new, resume=path) == Start(8)
+    assert_same(moments(other, new), moments(model, old))
+    assert new.param_groups[-2]["weight_decay"] == 0.05 and new.param_groups[-1]["weight_decay"] == 0
+
+
+def test_original_goes_on_with_our_classifier(recipe):
+    """It loads as torch does, by number."""
+    model, other = Tiny(), Tiny()
+    ours, theirs = stepped(model, decayed(model)), torch.optim.AdamW(recorded_groups(recipe, other))
+    theirs.load_state_dict(ours.state_dict())
+    assert_same(moments(other, theirs), moments(model, ours))
+
+
+def test_classifier_with_class_token_has_the_order_that_it_always_had():
+    model = Tiny(pool=False)
+    names = {param: name for name, param in model.named_parameters()}
+    assert [[names[param] for param in group["params"]] for group in decayed(model)][-2:] == [
+        ["norm.weight", "norm.bias", "head.bias"], ["head.weight"],
+    ]  # fmt: skip
+    probe = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
+    assert [name for name, _ in probe.named_parameters()] == ["1.weight", "1.bias"]
+
+
+# parameters frozen by hand
+
+
+def frozen(*layers: int) -> nn.Module:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    for layer in layers:
+        model[layer].requires_grad_(False)
+    return model
+
+
+def trained_groups(model: nn.Module) -> torch.optim.Optimizer:
+    return stepped_alone(torch.optim.AdamW(param_groups_weight_decay(model, 0.05), lr=0.01))
+
+
+def stepped_alone(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.randn_like(param)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(("here", "words"), [
+    ((0, 1), None),
+    ((), "4 only here, such as '0.bias'"),
+    ((0,), "trained 4 parameters, here 6: 2 only here, such as '1.bias'"),
+    ((0, 1, 2), "2 only there, such as '2.bias'"),
+    ((2, 3), "4 only there, such as '2.bias', 4 only here, such as '0.bias'"),  # the same groups and shapes
+])  # fmt: skip
+@pytest.mark.parametrize("named", [True, False])
+def test_parameters_frozen_by_hand_are_to_be_frozen_again(here, words, named, tmp_path):
+    model, other = frozen(0, 1), frozen(*here)
+    step = Step(model, trained_groups(model), ENV.device)
+    Run(ENV, options(tmp_path), model, step).save_epoch(0)
+    path = tmp_path / "checkpoint-0.pth"
+    if not named:  # as earlier files
+        state = load(path)
+        del state["trained"]
+        torch.save(state, path)
+        words = words and (None if len(here) == 2 else "other parameter groups: 4 parameters")
+    if words is None:
+        assert resumed(tmp_path, other, trained_groups(other)) == Start(1)
+        return
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        resumed(tmp_path, other, trained_groups(other))
+    assert "same" in error.value.message and str(path) in error.value.message
+
+
+# what no run has written
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def with_itself() -> list:
+    value: list = []
+    value.append(value)
+    return value
+
+
+BIG, LONG, ESCAPES = 10**400, "x" * 10**6, "\x1b[31m\x07\x9b1m\u202e\n\r" * 9
+NOT_PLAIN = {
+    "cyclic": with_itself, "deep": lambda: nested(2000), "a big number": lambda: BIG, "bigger": lambda: 10**5000,
+    "a tensor": lambda: torch.zeros(3), "meta": lambda: torch.empty(3, device="meta"), "long": lambda: LONG,
+    "escapes": lambda: ESCAPES, "none": lambda: None, "nan": lambda: float("nan"), "a set": lambda: {1, 2},
+    "complex": lambda: 1j, "a dict": lambda: {ESCAPES: LONG}, "negative": lambda: -1, "bytes": lambda: b"7",
+    "a moment": lambda: torch.zeros(2, 3),
+}  # fmt: skip
+ODD_TENSORS = {
+    "meta": lambda moment: torch.empty_like(moment, device="meta"),
+    "sparse": lambda moment: moment.to_sparse(),
+    "compressed": lambda moment: moment.to_sparse_csr(),
+    "quantized": lambda moment: torch.quantize_per_tensor(moment, 0.1, 0, torch.qint8),
+    "complex": lambda moment: moment.to(torch.complex64),
+    "whole": lambda moment: moment.long(),
+    "truth": lambda moment: moment > 0,
+    "one number": lambda moment: moment[:1, :1].clone(),
+    "no dimensions": lambda moment: moment.sum(),
+    "expanded": lambda moment: torch.zeros(1, 1).expand(10**6, 10**6),
+    "flat": lambda moment: moment.flatten(),
+    "nan": lambda moment: moment * float("nan"),
+    "inf": lambda moment: moment.double() / 0,
+    "beyond float32": lambda moment: moment.double() + 1e300,
+    "nested": lambda moment: torch.nested.nested_tensor(list(moment)),
+    "many dimensions": lambda moment: moment.reshape(2, 3, *(1,) * 60),
+}
+PLACES = {
+    "epoch": ("epoch",), "iteration": ("iteration",), "n_images": ("n_images",), "world_size": ("world_size",),
+    "scale": ("scaler", "scale"), "sums": ("progress", "sums", "loss"), "counts": ("progress", "counts"),
+    "best": ("best",), "max_accuracy": ("max_accuracy",), "trained": ("trained",), "args": ("args",),
+    "batch_size": ("args", "batch_size"), "state": ("optimizer", "state"), "groups": ("optimizer", "param_groups"),
+    "params": ("optimizer", "param_groups", 0, "params"), "lr": ("optimizer", "param_groups", 0, "lr"),
+    "of parameter 0": ("optimizer", "state", 0), "step": ("optimizer", "state", 0, "step"), "optimizer": ("optimizer",),
+    "exp_avg": ("optimizer", "state", 0, "exp_avg"), "more": ("optimizer", "state", 0, ESCAPES),
+}  # fmt: skip
+# which of these a run may well have written, or which concern nobody
+FINE = {
+    ("n_images", "none"), ("best", "none"), ("trained", "none"), ("more", "none"), ("more", "a big number"),
+    ("more", "long"), ("more", "escapes"), ("more", "negative"), ("more", "nan"), ("more", "a tensor"),
+    ("more", "a moment"), ("max_accuracy", "negative"), ("lr", "negative"), ("sums", "negative"),
+    ("exp_avg", "a moment"),
+}  # fmt: skip
+
+
+def odd(tmp_path: Path, place: tuple, change) -> Path:
+    """A checkpoint within an epoch in which one thing is not as it should be."""
+    model = nn.Linear(3, 2)
+    state = {
+        "model": model.state_dict(), "optimizer": trained(model).state_dict(), "epoch": 2, "iteration": 4,
+        "scaler": scaler(8.0).state_dict(), "args": dict(OPTIONS), "world_size": 1, "n_images": 24,
+        "progress": {"sums": {"loss": 1.5}, "counts": {"loss": 4}}, "max_accuracy": 50.0, "best": (50.0, 1),
+        "trained": ["weight", "bias"],
+    }  # fmt: skip
+    *above, last = place
+    inner = state
+    for key in above:
+        inner = inner[key]
+    inner[last] = change(inner.get(last)) if isinstance(inner, dict) else change(inner[last])
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10**5)  # of the file's writer
+    torch.save(state, tmp_path / "odd.pth")
+    sys.setrecursionlimit(limit)
+    return tmp_path / "odd.pth"
+
+
+def end_of_resuming(path: Path) -> str | None:
+    """The message, one of bounded length that a terminal can show; None where the run goes on, and takes a step."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    try:
+        with project_log() as lines:
+            resume(ENV, options(path.parent, resume=str(path)), model, optimizer, scaler(), 24)
+            stepped_alone(optimizer)
+    except UserError as error:
+        lines.append(error.message)
+        return error.message
+    finally:
+        assert all(len(line) < 1500 and line.isprintable() for line in lines), lines
+    return None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", PLACES)
+def test_training_state_of_odd_values_is_refused_in_one_message(place, tmp_path):
+    for name, make in NOT_PLAIN.items():
+        message = end_of_resuming(odd(tmp_path, PLACES[place], lambda _, make=make: make()))
+        if (place, name) in FINE:
+            assert message is None, (name, message)
+        elif message is not None or place != "args":
+            assert message and "odd.pth" in message, name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ODD_TENSORS)
+def test_moment_of_another_kind_is_refused_by_name(name, tmp_path):
+    for where in ("exp_avg", "exp_avg_sq"):
+        message = end_of_resuming(odd(tmp_path, ("optimizer", "state", 0, where), ODD_TENSORS[name]))
+        assert message and f"{where} of parameter 0" in message and "odd.pth" in message
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("where", ["step", "more"])
+@pytest.mark.parametrize("name", ["meta", "sparse", "quantized", "complex", "expanded", "nan", "nested"])
+def test_other_tensors_of_a_parameter_are_looked_at_too(name, where, tmp_path):
+    """Also those that this optimizer does not know; nothing is made larger than it is in the file."""
+    make = ODD_TENSORS[name]
+    message = end_of_resuming(odd(tmp_path, ("optimizer", "state", 0, where), lambda _: make(torch.ones(2, 3))))
+    assert message and "of parameter 0" in message and where in message
+
+
+def test_tensors_of_one_storage_are_not_multiplied(tmp_path):
+    shared = torch.zeros(1000)
+    path = odd(tmp_path, ("optimizer", "state", 0), lambda state: {**state, **{f"m{i}": shared for i in range(1000)}})
+    assert "fewer numbers are stored" in end_of_resuming(path)
+
+
 def test_resuming_another_model_is_refused_naming_the_keys(tmp_path):
     path = written(tmp_path / "c.pth", nn.Linear(3, 2, bias=False))
     with pytest.raises(UserError, match="bias"):
@@ -813,6 +1084,44 @@ def test_run_stopped_within_epochs_ends_bit_for_bit_as_the_one_without_a_stop(na
         for key in whole.keys() - {"args"}:
             assert_same(whole[key], parts[key], key)
     assert log_txt(tmp_path / "whole") == log_txt(tmp_path / "parts")
+
+
+SMALL = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+EARLIER = {  # script -> file, its options; what they had been is in the file's `args`
+    "pretrain": ("partial-1-2.pth", ("--norm_pix_loss",)),
+    "finetune": ("checkpoint-0.pth", ("--nb_classes", 3, "--drop_path", 0.2, "--aa", "")),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_checkpoint_of_an_earlier_revision_goes_on_as_it_did_there(name, golden, tmp_path, monkeypatch):
+    """The files, and the weights in which they ended, are those of revision 37b8df4, whose groups had another order."""
+    decoder = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+    monkeypatch.setitem(models_mae.MODELS, "small", partial(models_mae.MaskedAutoencoderViT, **SMALL, **decoder))
+    monkeypatch.setitem(models_vit.MODELS, "small", partial(models_vit.VisionTransformer, **SMALL))
+    file, more = EARLIER[name]
+    (tmp_path / "run").mkdir()
+    shutil.copy(GOLDEN / f"resume_{name}.pth", tmp_path / "run" / file)
+    given = (
+        "--model small --input_size 16 --batch_size 4 --num_workers 0 --epochs 2 --warmup_epochs 1 --blr 0.1".split()
+    )
+    given += [
+        "--data_path",
+        write_image_folder(tmp_path / "images", n_train=4, n_val=1),
+        "--resume",
+        "auto",
+        "--blr",
+        0.1,
+        *more,
+    ]
+    said = train(name, tmp_path / "run", *given, *ON_CPU)
+    assert "goes on at epoch 1" in said and "differs" not in said
+    state, data = load(tmp_path / "run" / "checkpoint-1.pth"), golden(f"resume_{name}")
+    assert state["optimizer"]["state"][0]["step"] == data["step/0"].item()
+    expected = data.group("model")
+    assert state["model"].keys() == expected.keys()
+    for key, value in expected.items():  # bit for bit on the machine that wrote them
+        assert_close(state["model"][key], value, rtol=0, atol=1e-6, msg=key)
 
 
 def test_run_goes_on_at_the_same_image_when_the_batch_is_cut_otherwise(images, tmp_path, monkeypatch):  # noqa: F811

@@ -48,9 +48,12 @@ def options_of(state: dict) -> dict[str, object]:
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
+    """Lists within lists are nobody's option, and may be a thousand deep, or hold themselves."""
+    return all(map(_is_scalar, value)) if isinstance(value, list | tuple) else _is_scalar(value)
+
+
+def _is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _is_count(value: object) -> bool:
