@@ -1120,7 +1120,10 @@ def test_checkpoint_of_an_earlier_revision_goes_on_as_it_did_there(name, golden,
     assert state["optimizer"]["state"][0]["step"] == data["step/0"].item()
     expected = data.group("model")
     assert state["model"].keys() == expected.keys()
-    for key, value in expected.items():  # bit for bit on the machine that wrote them
+    for (
+        key,
+        value,
+    ) in expected.items():  # in float32, whose sums end differently with the release of torch and the processor
         assert_close(state["model"][key], value, rtol=0, atol=1e-6, msg=key)
 
 

@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from util import rng, transforms
 from util.crop import RandomResizedCrop
 from util.decode import decode
+from util.errors import UserError
 from util.loader import normalise
 from util.transforms import eval_transform, finetune_transform, linprobe_transform, pretrain_transform
 
@@ -255,6 +256,26 @@ def test_evaluation_resizes_and_crops_a_photograph_as_by_hand(size, resized, cro
 def test_evaluation_of_an_upright_photograph_resizes_its_width():
     photo = Image.fromarray(skimage.data.coffee()).transpose(Image.Transpose.ROTATE_90)
     assert_close_to_pillow(apply(eval_transform(224), photo), by_hand(photo, (384, 256), (224, 224)))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-w0", "rand-w0-n2-m9", "rand-m9-inc1-w0"])
+def test_randaugment_takes_the_weights_that_timm_had(policy):
+    """w0: geometry in nine of ten draws, posterize and invert in none."""
+    (augment,) = finetune_transform(32, None, policy).policy.transforms
+    (plain,) = finetune_transform(32, None, policy.replace("-w0", "")).policy.transforms
+    assert [str(op) for op in augment.ops] == [str(op) for op in plain.ops] and plain.choice_weights is None
+    shares = {op.name: weight for op, weight in zip(augment.ops, augment.choice_weights, strict=True)}
+    assert sum(shares.values()) == pytest.approx(1) and sum(share == 0 for share in shares.values()) == 2
+    assert shares["Rotate"] == pytest.approx(0.3) and shares["ShearX"] == pytest.approx(0.2)
+    geometry = [shares[name] for name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")]
+    assert sum(geometry) == pytest.approx(0.9)
+    augment(Image.new("RGB", (32, 32)))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-w1", "rand-m9-n14-w0", "rand-m9-tweights-n14-w0", "rand-w0-x1"])
+def test_weights_that_timm_never_had_are_refused(policy):
+    with pytest.raises(UserError, match=policy):
+        finetune_transform(32, None, policy)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 4, 8])

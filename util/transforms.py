@@ -30,6 +30,11 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
     auto_augment.NAME_TO_OP[_name] = _posterize
 
+# shares of RandAugment's operations with `w0`, which timm took when the original was written; the others get none
+_W0 = {"Rotate": 0.3, "ShearX": 0.2, "ShearY": 0.2, "TranslateXRel": 0.1, "TranslateYRel": 0.1}
+_W0 |= dict.fromkeys(("Color", "Sharpness", "AutoContrast"), 0.025)
+_W0 |= dict.fromkeys(("Solarize", "SolarizeAdd", "Contrast", "Brightness", "Equalize"), 0.005)
+
 Size = int | tuple[int, int]
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 Transformed = tuple[torch.Tensor, bool]
@@ -93,18 +98,30 @@ def linprobe_transform(size: Size, crop_min: float, hflip: float) -> RandomCrop:
     return RandomCrop(_sides(size), RandomResizedCrop.get_params, (crop_min, 1.0), hflip)
 
 
+def _weigh(augment: auto_augment.RandAugment) -> None:
+    """Let it draw operations as with `w0`, each at most once."""
+    weights = [_W0.get(op.name.removesuffix("Increasing"), 0.0) for op in augment.ops]
+    if augment.num_layers > np.count_nonzero(weights):
+        raise ValueError("more operations than have a share")
+    augment.choice_weights = np.divide(weights, sum(weights))
+
+
 def finetune_transform(size: Size, color_jitter: float | None, aa: str | None) -> RandomCrop:
     """timm's crop and flip, RandAugment `aa` (or `color_jitter` without it). Erasing is the device's work."""
+    words = (aa or "").split("-")
+    w0 = words[0] == "rand" and "w0" in words
     try:
         crop_and_flip, policy, _ = create_transform(
             input_size=size,
             is_training=True,
             color_jitter=color_jitter,
-            auto_augment=aa or None,
+            auto_augment="-".join(word for word in words if word != "w0") if w0 else aa or None,
             interpolation="bicubic",
             mean=IMAGENET_DEFAULT_MEAN,  # fills what rotations uncover
             separate=True,
         )
+        if w0:
+            _weigh(policy.transforms[0])
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"--aa {aa} is no policy of timm: use one such as rand-m9-mstd0.5-inc1, or ''") from error
     crop, flip = crop_and_flip.transforms
