@@ -235,6 +235,7 @@ THINGS = [
     torch.zeros(1, 1, 8).half(), torch.full((1, 17, 8), float("nan")), torch.zeros(1, 17, 8, dtype=torch.complex64),
     torch.zeros(2, 2).to_sparse(), torch.zeros(1, 26, 8), torch.zeros(1, 18, 8), torch.zeros(8), torch.zeros(3, 8),
     argparse.Namespace(input_size=16), argparse.Namespace(), torch.float32, "a\nb", "🦊", [None], {None: None},
+    10**400, "\x1b[31m" * 9, torch.zeros(1).expand(10**9), torch.empty(2, device="meta"), torch.zeros(8, 8).t(),
     {"model": {}}, {"input_size": -4}, {"input_size": (4, 0)}, {"input_size": "16"}, {"input_size": [10**6, 10**6]},
 ]  # fmt: skip
 
