@@ -159,7 +159,7 @@ def whole_states() -> list[dict]:
     within = {
         "model": model.state_dict(), "optimizer": trained(model).state_dict(), "epoch": 3, "args": ARGS,
         "scaler": torch.amp.GradScaler("cpu").state_dict(), "iteration": 4, "world_size": 1,
-        "progress": {"sums": {"loss": 2.0}, "counts": {"loss": 4}},
+        "progress": {"sums": {"loss": 2.0, "lr": 1.0}, "counts": {"loss": 4, "lr": 4}},
     }  # fmt: skip
     after = {
         "model": classifier.state_dict(), "optimizer": trained(classifier).state_dict(), "epoch": 3, "scaler": {},

@@ -97,7 +97,7 @@ class Read:
         self.iteration = iteration
 
     def part(self) -> Part:
-        return Part(self.iteration, {"loss": 1.5}, {"loss": self.iteration})
+        return Part(self.iteration, {"loss": 1.5, "lr": 0.5}, {"loss": self.iteration, "lr": self.iteration})
 
 
 # writing
@@ -459,7 +459,7 @@ def test_saves_come_after_minutes(tmp_path):
     assert not one.due()
     state = load(tmp_path / "partial-0-1.pth")
     assert state["iteration"] == 1 and state["epoch"] == 0
-    assert state["progress"] == {"sums": {"loss": 1.5}, "counts": {"loss": 1}}
+    assert state["progress"] == {"sums": {"loss": 1.5, "lr": 0.5}, "counts": {"loss": 1, "lr": 1}}
 
 
 def test_half_written_files_of_a_killed_process_are_cleared(tmp_path):
@@ -635,7 +635,7 @@ def test_auto_takes_the_newest_or_starts_afresh(tmp_path):
     read(one, 2, 6)
     one.save_part()
     start = resumed(tmp_path, resume="auto")
-    assert start == Start(2, Part(6, {"loss": 1.5}, {"loss": 6.0}), 50.0, (50.0, 1))
+    assert start == Start(2, Part(6, {"loss": 1.5, "lr": 0.5}, {"loss": 6.0, "lr": 6.0}), 50.0, (50.0, 1))
     assert start.part_of(2).iteration == 6 and start.part_of(3) == Part()
 
 
@@ -869,8 +869,8 @@ def odd(tmp_path: Path, place: tuple, change) -> Path:
     state = {
         "model": model.state_dict(), "optimizer": trained(model).state_dict(), "epoch": 2, "iteration": 4,
         "scaler": scaler(8.0).state_dict(), "args": dict(OPTIONS), "world_size": 1, "n_images": 24,
-        "progress": {"sums": {"loss": 1.5}, "counts": {"loss": 4}}, "max_accuracy": 50.0, "best": (50.0, 1),
-        "trained": ["weight", "bias"],
+        "progress": {"sums": {"loss": 1.5, "lr": 0.5}, "counts": {"loss": 4, "lr": 4}}, "max_accuracy": 50.0,
+        "best": (50.0, 1), "trained": ["weight", "bias"],
     }  # fmt: skip
     *above, last = place
     inner = state

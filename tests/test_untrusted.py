@@ -322,6 +322,7 @@ BAD_STATES = {
     "no steps an update": ("args/accum_iter", 0, "accum_iter is '0'"),
     "no processes": ("world_size", -1, "world_size is '-1'"),
     "progress of words": ("progress/sums", "loss", "progress is no dict"),
+    "progress of another": ("progress", {"sums": {"loss": 1.0}, "counts": {"loss": 2}}, "progress is no dict"),
     "best of words": ("best", "checkpoint-2.pth", "best is 'checkpoint-2.pth'"),
     "accuracy of words": ("max_accuracy", "50", "max_accuracy is '50'"),
 }
@@ -334,7 +335,8 @@ def test_training_state_that_cannot_go_on_is_refused(name, tmp_path):
     scaler = torch.amp.GradScaler("cpu")
     state = {
         "epoch": 3, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "iteration": 2, "world_size": 1,
-        "args": {"batch_size": 4, "accum_iter": 1}, "progress": {"sums": {"loss": 1.0}, "counts": {"loss": 2}},
+        "args": {"batch_size": 4, "accum_iter": 1},
+        "progress": {"sums": {"loss": 1.0, "lr": 1.0}, "counts": {"loss": 2, "lr": 2}},
         "best": (50.0, 2), "max_accuracy": 50.0,
     }  # fmt: skip
     contents.check_training_state(state, optimizer, scaler)

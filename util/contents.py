@@ -100,8 +100,11 @@ def _check_position(state: dict) -> None:
                 raise ValueError(f"its {name} is {shown(value)}")
     progress = state.get("progress")
     sums, counts = (progress.get(name) for name in ("sums", "counts")) if isinstance(progress, dict) else (None, None)
-    if iteration and not (_are_numbers(sums) and _are_numbers(counts) and sums.keys() == counts.keys()):
-        raise ValueError("its progress is no dict of sums and counts, which are finite numbers under the same names")
+    known = _are_numbers(sums) and _are_numbers(counts) and {"loss", "lr"} <= sums.keys() == counts.keys()
+    if iteration and not known:
+        raise ValueError(
+            "its progress is no dict of sums and counts: finite numbers for loss and lr, under the same names"
+        )
     best = state.get("best")
     if best is not None and not (
         isinstance(best, list | tuple) and len(best) == 2 and _number(best[0]) is not None and _is_count(best[1])
