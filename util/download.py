@@ -3,67 +3,61 @@
 import contextlib
 import hashlib
 import http.client
+import mmap
 import os
 import re
+import stat
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
-from urllib.parse import ParseResult, urlparse
+from urllib.parse import urlparse
 
+import filelock
 import torch
 from tqdm import tqdm
 
 from util.errors import UserError
 from util.log import log
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing stops two processes from downloading the same file
-    fcntl = None
-
 RELEASES = "https://dl.fbaipublicfiles.com/mae/"
-# what the authors published of the md5 sums: their first six digits
-_MD5 = {
-    "pretrain/mae_pretrain_vit_base.pth": "8cad7c",
-    "pretrain/mae_pretrain_vit_large.pth": "b8b06e",
-    "pretrain/mae_pretrain_vit_huge.pth": "9bdbb0",
-    "finetune/mae_finetuned_vit_base.pth": "1b25e9",
-    "finetune/mae_finetuned_vit_large.pth": "51f550",
-    "finetune/mae_finetuned_vit_huge.pth": "2541f2",
+_MD5 = {"pretrain/mae_pretrain": "8cad7c b8b06e 9bdbb0", "finetune/mae_finetuned": "1b25e9 51f550 2541f2"}
+MD5 = {  # what the authors published of the sums: their first six digits
+    f"{RELEASES}{name}_vit_{size}.pth": digits
+    for name, sums in _MD5.items()
+    for size, digits in zip(("base", "large", "huge"), sums.split(), strict=True)
 }
-MD5 = {RELEASES + name: digits for name, digits in _MD5.items()}
 
-TIMEOUT_SECONDS = 30  # without a byte, or without an answer
+TIMEOUT_SECONDS = 30  # without a byte
+PATIENCE_SECONDS, SLOWEST = 300, 1024  # with fewer bytes of the file than that per second, on average
 ATTEMPTS = 5  # in a row that bring nothing new; 1, 2, 4 and 8 seconds apart
-REPORT_SECONDS = 10
+REPORT_SECONDS = 10  # between lines of progress, where nobody watches a terminal
 
 
 def fetch(url: str) -> Path:
     """URL -> path of its file in torch.hub's cache folder, downloaded unless it is there.
 
-    One process downloads and the others on the same file system wait for it. Raises UserError where the server refuses,
-    the network fails ATTEMPTS times in a row, the file is not the published one, or the folder cannot be written.
+    One process downloads and the others on the same file system wait for it. Raises UserError where the server refuses
+    or leads from https to something else, the network fails ATTEMPTS times in a row or is too slow, the file is not the
+    published one, or the folder cannot be written.
     """
     path = cache_path(url)
     if path.is_file():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path):
-            if not path.is_file():  # nobody brought it while this process waited
-                log.info(f"downloading {url} to {path}")
-                part, etag = beside(path, "part"), beside(path, "etag")
-                _download(url, part, etag)
-                _check_md5(url, part)
+        log.info(f"downloading {url} to {path}, unless another process does")
+        with filelock.FileLock(path.with_name(f".{path.name}.lock")):  # freed by the kernel where its holder dies
+            if not path.is_file():
+                part = _download(url, path)
+                if url in MD5:
+                    _check_md5(url, part)
                 part.replace(path)
-                etag.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"the download folder {path.parent} cannot be written ({error}): mend it, or set TORCH_HOME to another"
+            f"{path} cannot be written ({error}): free space, mend the folder, or set TORCH_HOME to another one"
         ) from error
     return path
 
@@ -73,162 +67,165 @@ def cache_path(url: str) -> Path:
 
     Any other has a folder of its own, since names like checkpoint.pth are not one file the world over.
     """
-    name = PurePosixPath(_parsed(url).path).name
+    try:
+        parsed = urlparse(url)
+        usable = re.fullmatch("[!-~]+", url) and parsed.port != 0 and (parsed.hostname or "").encode("idna")
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"{_plain(url)} is no URL: give one like {RELEASES}pretrain/mae_pretrain_vit_base.pth")
+    name = PurePosixPath(parsed.path).name
     if not re.fullmatch(r"\w[\w.+-]{,199}", name):  # a leading dot is for our own files
         name = "file"
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     return folder / name if url.startswith(RELEASES) else folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
-def beside(path: Path, kind: str) -> Path:
-    """Our own file for `path`: "part" (what has come so far), "etag" (of which version) or "lock"."""
-    return path.with_name(f".{path.name}.{kind}")
+def _plain(text: object) -> str:
+    """What a server or a user sent, for a message: no control characters, and not too long."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))[:300]
 
 
-def _parsed(url: str) -> ParseResult:
-    try:
-        parsed = urlparse(url)
-        reason = "" if parsed.hostname and parsed.port != 0 else "it names no server"  # .port raises ValueError too
-    except ValueError as error:
-        reason = error
-    if reason:
-        raise UserError(f"{url} is no URL ({reason}): give one such as {RELEASES}pretrain/mae_pretrain_vit_base.pth")
-    return parsed
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time in. Where its holder dies, the kernel frees the lock, so nobody waits for ever."""
-    with beside(path, "lock").open("a") as lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info(f"waiting for another process that downloads {path}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _download(url: str, part: Path, etag: Path) -> None:
-    """Bring the file of `url` to `part`, in as many attempts as it takes while each brings something new."""
+def _download(url: str, path: Path) -> Path:
+    """Bring the file of `url` beside `path`, in as many attempts as it takes while each brings something new."""
+    network = _Watched()
     most = failures = 0
     while True:
         try:
-            return _attempt(url, part, etag)
-        except UserError:
-            raise
-        except (ValueError, http.client.InvalidURL) as error:
-            raise UserError(f"{url} cannot be asked for ({error}): check it") from error
-        except (OSError, http.client.HTTPException) as error:
-            size = part.stat().st_size if part.is_file() else 0
-            failures = 0 if size > most else failures + 1
-            most = max(most, size)
-            reason = getattr(error, "reason", None) or error
-            if code := getattr(error, "code", None):
-                reason = f"{code} {reason}"
-            if failures == ATTEMPTS or (code and not _may_recover(code)):
+            part, is_whole = _attempt(network, url, path)
+            if is_whole:
+                network.bar.close()
+                return part
+        except (ValueError, urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            if isinstance(error, UserError):
+                raise
+            failures = failures + 1 if network.most == most else 0
+            most = network.most
+            # a server may be busy or broken (5xx), or lack such a part (416): the next request starts again
+            is_refused = getattr(error, "code", 500) < 500 and error.code not in (408, 416, 425, 429)
+            if is_refused or failures == ATTEMPTS or time.monotonic() > network.end:
                 raise UserError(
-                    f"cannot download {url} ({reason}): check the URL and the network, or fetch it by hand and give "
-                    "the file's path"
+                    f"cannot download {url} ({_plain(error)}): check the URL and the network, or fetch it by hand and "
+                    "give the file's path"
                 ) from error
             seconds = 2 ** max(failures - 1, 0)
-            log.warning(f"the download of {url} broke off at {_mib(size)} ({reason}); again in {seconds} s")
+            log.warning(f"the download of {url} broke off ({_plain(error)}); again in {seconds} s")
             time.sleep(seconds)
 
 
-def _may_recover(code: int) -> bool:
-    """HTTP status: a server that is busy or broken (5xx), or has no such part (416: the next request starts again)."""
-    return code >= 500 or code in (408, 416, 425, 429)
-
-
-def _attempt(url: str, part: Path, etag: Path) -> None:
-    """One request: of the rest, where `part` is the beginning of a file that the server can still name by `etag`."""
-    request = urllib.request.Request(url, headers={"User-Agent": "mae", "Accept-Encoding": "identity"})
-    size, known = 0, ""
-    if part.is_file() and etag.is_file():
-        size, known = part.stat().st_size, etag.read_text()
-        request.add_header("Range", f"bytes={size}-")
-        request.add_header("If-Range", known)
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:
-            etag.unlink(missing_ok=True)
-        raise
-    with response:
-        if url.startswith("https:") and not response.url.startswith("https:"):
-            raise UserError(f"{url} leads to {response.url}, which anybody on the way may change: refused")
-        if response.status == 206:
-            start = f"bytes {size}-"
-            if response.headers.get("ETag") != known or not response.headers.get("Content-Range", "").startswith(start):
-                etag.unlink(missing_ok=True)
+def _attempt(network: "_Watched", url: str, path: Path) -> tuple[Path, bool]:
+    """One request, of the file or of its rest -> (its part, whether that is whole now)."""
+    with contextlib.ExitStack() as stack:
+        request, size = urllib.request.Request(url, headers={"User-Agent": "mae"}), 0
+        if file := _part_to_go_on_with(path):
+            size = stack.enter_context(file).tell()
+            request.add_header("Range", f"bytes={size}-")
+        try:
+            opener = urllib.request.build_opener(network, _OnlyHttps)
+            response = stack.enter_context(opener.open(request, timeout=TIMEOUT_SECONDS))
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and file:
+                os.unlink(file.name)
+            raise
+        part = _part(path, response.headers.get("ETag", ""))
+        said = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
+        first, last, total = map(int, said.groups()) if said else (-1, 0, 0)
+        end = last + 1  # it may be less than the rest
+        if response.status != 206 or not file or str(part) != file.name or not size == first <= last < total:
+            for other in path.parent.glob(f".{path.name}.*.part"):
+                other.unlink()
+            if response.status == 206:
                 raise ConnectionError("the server sent another part than the one asked for")
-        else:  # the whole file: the server takes no ranges, or has another file by now
-            size = 0
-            with _disk(part):
-                etag.unlink(missing_ok=True)
-                part.write_bytes(b"")
-                if (tag := response.headers.get("ETag", "")).startswith('"'):  # W/"…" does not promise the same bytes
-                    etag.write_text(tag)
-        with _disk(part):
-            file = part.open("ab", buffering=0)
-        with file:
-            _receive(response, file, part, size)
-            with _disk(part):
-                os.fsync(file.fileno())
-
-
-def _receive(response: http.client.HTTPResponse, file: BinaryIO, part: Path, size: int) -> None:
-    """Append the answer to `file`, which has `size` bytes. Raises ConnectionError where the answer ends too early."""
-    length = response.headers.get("Content-Length") or ""
-    total = size + int(length) if length.isdigit() else None
-    reported = time.monotonic()
-    bar = tqdm(
-        total=total, initial=size, unit="B", unit_scale=True, disable=not sys.stdout.isatty(), leave=False,
-        file=sys.stdout,
-    )  # fmt: skip
-    with bar:
-        while chunk := response.read1(2**20):
+            # the whole file: nothing had come, or the server takes no ranges, or has another version by now
+            file = stack.enter_context(open(part, "xb", buffering=0))  # x: never through a link
+            size, end, total = 0, response.length, response.length
+        network.bar.total = total
+        while chunk := response.read1(2**20 if end is None else min(2**20, end - size)):
             size += len(chunk)
-            bar.update(len(chunk))
+            network.reached(size)
             while chunk:
-                with _disk(part):
-                    chunk = chunk[file.write(chunk) :]
-            if time.monotonic() - reported > REPORT_SECONDS:
-                log.debug(f"downloaded {_mib(size)}" + (f" of {_mib(total)}" if total else ""))
-                reported = time.monotonic()
-    if total is not None and size < total:
-        raise ConnectionError(f"{size} of {total} bytes arrived")
-    if size == 0:
-        raise ConnectionError("the file is empty")
+                chunk = chunk[file.write(chunk) :]
+        if not size or size < (end or 0):
+            raise ConnectionError(f"{size} of {total} bytes arrived" if end else "the file is empty")
+        os.fsync(file.fileno())
+        return part, total is None or size == total
 
 
-@contextlib.contextmanager
-def _disk(part: Path) -> Iterator[None]:
-    """Around writing: its errors are not the network's, and no other attempt would help."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the download cannot be written to {part} ({error}): free space, or set TORCH_HOME to another folder"
-        ) from error
+def _part(path: Path, etag: str) -> Path:
+    """Where to collect the version `etag` of the file: its name says so, lest another be taken for its beginning."""
+    # a weak one, W/"...", does not promise the same bytes
+    version = hashlib.sha256(etag.encode()).hexdigest()[:16] if etag.startswith('"') else "once"
+    return path.with_name(f".{path.name}.{version}.part")
+
+
+def _part_to_go_on_with(path: Path) -> BinaryIO | None:
+    """A part, open to append to; None where there is none, or a link, a FIFO or the like in its place."""
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    for part in path.parent.glob(f".{path.name}.*.part"):
+        with contextlib.suppress(OSError):
+            file = open(part, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | safe, 0o666))
+            state = os.fstat(file.fileno())
+            if stat.S_ISREG(state.st_mode) and state.st_nlink == 1 and part != _part(path, ""):
+                return file
+            file.close()
+    return None
+
+
+class _Watched(urllib.request.HTTPSHandler):
+    """https, read while SLOWEST new bytes of the file come per second: a timeout starts again with every byte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self.end = 0, time.monotonic() + PATIENCE_SECONDS
+        every = 0.1 if sys.stdout.isatty() else REPORT_SECONDS
+        self.bar = tqdm(unit="B", unit_scale=True, file=sys.stdout, mininterval=every)
+
+    def reached(self, size: int) -> None:
+        self.bar.update(size - self.bar.n)
+        new = max(size - self.most, 0)
+        self.most += new
+        self.end = min(self.end + new / SLOWEST, time.monotonic() + PATIENCE_SECONDS)
+
+    def https_open(self, req):
+        def connect(host: str, **options) -> http.client.HTTPSConnection:
+            connection = http.client.HTTPSConnection(host, **options)
+            connection.response_class = answer
+            return connection
+
+        def answer(*args, **options) -> http.client.HTTPResponse:
+            response = http.client.HTTPResponse(*args, **options)
+            receive = response.fp.raw.readinto
+
+            def readinto(buffer) -> int:
+                if time.monotonic() > self.end:
+                    raise TimeoutError(f"under {SLOWEST} bytes of the file per second for {PATIENCE_SECONDS} s")
+                try:
+                    return receive(buffer)
+                except OSError as error:  # told from those of the disk
+                    raise ConnectionError(error) from error
+
+            response.fp.raw.readinto = readinto
+            return response
+
+        return self.do_open(connect, req)
+
+
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+    """Follow https to https alone, at every hop: what else is asked for, anybody on the way may answer."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        fp.close()  # or its body would be read, however long
+        if req.type == "https" and urlparse(newurl).scheme != "https":
+            raise UserError(f"{req.full_url} leads to {_plain(newurl)}, which anybody on the way may change: refused")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _check_md5(url: str, part: Path) -> None:
-    if url not in MD5:
-        return
-    digest = hashlib.md5(usedforsecurity=False)
-    with part.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    found = digest.hexdigest()
+    with part.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if not found.startswith(MD5[url]):
         part.unlink()
         raise UserError(
-            f"{url} arrived with md5 {found}, which does not begin with the published {MD5[url]}: it was changed or "
-            "damaged on the way, and is not kept. Try again, from another network if it stays so"
+            f"{url} arrived with md5 {found}, and the published one begins with {MD5[url]}: it was changed or damaged "
+            "on the way, and is not kept. Try again, from another network if it stays so"
         )
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
