@@ -36,7 +36,7 @@ from util import datasets
 from util.decode import decode
 from util.dist import Dist, available_cores
 from util.loader import train_loader
-from util.transforms import finetune_transform, pretrain_transform
+from util.transforms import finetune_transform, posterize_to_black, pretrain_transform
 
 SIDE = 224
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
@@ -138,6 +138,7 @@ def make_loaders(recipe: str, root: Path, batch_size: int, num_workers: int, dev
         interpolation="bicubic", num_workers=num_workers, persistent_workers=num_workers > 0,
         pin_memory=device.type == "cuda", **TIMM_OPTIONS[recipe],
     )  # fmt: skip
+    posterize_to_black(timm_loader.dataset.transform)
     files, _ = datasets.list_classes(root)
     loaders: dict[str, Loader] = {"plain": (plain, None), "timm": (timm_loader, None)}
     sampler = datasets.TrainSampler(len(files), batch_size, 1, Dist(device), seed=0)

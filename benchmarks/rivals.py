@@ -18,6 +18,7 @@ import models_vit
 from util import speed
 from util.lr_decay import param_groups_lrd
 from util.step import Step, autocast_dtype
+from util.transforms import posterize_to_black
 
 TrainStep = Callable[[torch.Tensor], None]
 
@@ -31,9 +32,8 @@ def plain_recipe(recipe: str, side: int) -> T.Compose:
     `recipe`: pretrain (torchvision's transforms) or finetune (timm's, with RandAugment and random erasing).
     """
     if recipe == "finetune":
-        return create_transform(
-            side, is_training=True, auto_augment=RANDAUGMENT, interpolation="bicubic", re_prob=0.25, re_mode="pixel"
-        )
+        options = {"interpolation": "bicubic", "re_prob": 0.25, "re_mode": "pixel"}
+        return posterize_to_black(create_transform(side, is_training=True, auto_augment=RANDAUGMENT, **options))
     crop = T.RandomResizedCrop(side, scale=(0.2, 1.0), interpolation=T.InterpolationMode.BICUBIC)
     normalise = T.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])

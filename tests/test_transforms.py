@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 import skimage.data
+import timm.data.auto_augment
 import torch
 import torchvision
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
 
 from util import rng, transforms
@@ -278,10 +279,39 @@ def test_weights_that_timm_never_had_are_refused(policy):
         finetune_transform(32, None, policy)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 4, 8])
-def test_posterize_takes_the_bits_that_randaugment_draws(bits):
+def posterizers(transform) -> list:
+    """The posterizing operations of a policy of timm's."""
+    parts = [transform.policy] if hasattr(transform, "draw") else [transform]
+    found = []
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list | tuple):
+            parts += part
+        elif hasattr(part, "aug_fn"):
+            found += [part] if part.name.startswith("Posterize") else []
+        else:
+            parts += [getattr(part, name) for name in ("transforms", "ops", "policy") if hasattr(part, name)]
+    return found
+
+
+POLICIES = [RANDAUGMENT, "rand-m9", "original", "originalr", "v0", "v0r", "3a", "augmix-m3-w2"]
+
+
+@pytest.mark.parametrize("aa", POLICIES)
+def test_posterize_takes_the_bits_that_policies_draw(aa):
     """Pillow 13 refuses 0 bits, which timm's increasing policy draws; older ones gave black."""
+    ops = posterizers(finetune_transform(32, None, aa))
+    assert ops or aa == "3a"  # the other policies have it
     grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    levels_left = np.asarray(auto_augment.NAME_TO_OP["PosterizeIncreasing"](grey, bits))
-    expected = np.asarray(grey) & (0xFF << (8 - bits) & 0xFF)
-    assert (levels_left == expected).all()
+    for op in ops:
+        for bits in (0, 1, 4, 8):
+            expected = np.asarray(grey) & (0xFF << (8 - bits) & 0xFF)
+            assert (np.asarray(op.aug_fn(grey, bits)) == expected).all()
+
+
+@pytest.mark.parametrize("aa", POLICIES)
+def test_timm_is_left_as_it_is_for_everybody_else(aa):
+    finetune_transform(32, None, aa)
+    ops = posterizers(create_transform(32, is_training=True, auto_augment=aa))
+    assert all(op.aug_fn.__module__ == "timm.data.auto_augment" for op in ops)
+    assert {op.__module__ for op in timm.data.auto_augment.NAME_TO_OP.values()} == {"timm.data.auto_augment"}

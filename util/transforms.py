@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torchvision import transforms
 from torchvision.transforms.v2 import InterpolationMode
@@ -27,8 +27,15 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
-for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-    auto_augment.NAME_TO_OP[_name] = _posterize
+def posterize_to_black(policy: transforms.Compose) -> transforms.Compose:
+    """timm's policies -> the same objects, of which posterize takes 0 bits; timm itself stays as it is."""
+    for augment in policy.transforms:
+        ops = getattr(augment, "ops", None) or sum(getattr(augment, "policy", []), [])  # AutoAugment has lists of two
+        for op in ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+    return policy
+
 
 # shares of RandAugment's operations with `w0`, which timm took when the original was written; the others get none
 _W0 = {"Rotate": 0.3, "ShearX": 0.2, "ShearY": 0.2, "TranslateXRel": 0.1, "TranslateYRel": 0.1}
@@ -126,7 +133,7 @@ def finetune_transform(size: Size, color_jitter: float | None, aa: str | None) -
         raise UserError(f"--aa {aa} is no policy of timm: use one such as rand-m9-mstd0.5-inc1, or ''") from error
     crop, flip = crop_and_flip.transforms
     draw_box = RandomResizedCropAndInterpolation.get_params
-    return RandomCrop(_sides(size), draw_box, crop.scale, flip.p, policy if policy.transforms else None)
+    return RandomCrop(_sides(size), draw_box, crop.scale, flip.p, posterize_to_black(policy) if policy.transforms else None)
 
 
 @dataclass(frozen=True)
