@@ -1,4 +1,20 @@
-"""The exceptions whose message is meant for the user and not for the developer."""
+"""The exceptions whose message is meant for the user and not for the developer, and how it shows what is not ours."""
+
+from pathlib import Path
+
+
+def printable(text: str | Path) -> str:
+    """A file's name, or words of a library -> the same with control characters, and bytes that are no UTF-8, escaped.
+
+    Names on disk are bytes: a terminal obeys some of them, and a log of UTF-8 loses the line that holds others.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(c: str) -> str:
+    if "\udc80" <= c <= "\udcff":  # how Python keeps a byte that is no UTF-8
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return c.encode("unicode_escape").decode()
 
 
 class UserError(ValueError):

@@ -1,14 +1,14 @@
 """--decode cuda: loader workers read files and draw crops, the GPU decodes, crops and resizes JPEGs (nvJPEG)."""
 
-import io
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset, default_collate
 
 from util import rng
 from util.datasets import Images
+from util.decode import JPEG, jpeg_frame
 from util.errors import UserError
 from util.log import log
 from util.transforms import Box, RandomCrop, crop_and_resize
@@ -113,13 +113,16 @@ def _jpeg_size(data: torch.Tensor) -> tuple[int, int] | None:
 
     One that is cut short, without the end's mark, would be half a picture there; on the CPU it is an error.
     """
-    if END_OF_JPEG not in data[-1024:].numpy().tobytes():  # the mark, and what some cameras write behind it
+    raw = data.numpy().tobytes()
+    if not raw.startswith(JPEG) or END_OF_JPEG not in raw[-1024:]:  # the mark, and what some cameras write behind it
         return None
     try:
-        with Image.open(io.BytesIO(data.numpy()), formats=["JPEG"]) as image:
-            return (image.height, image.width) if image.mode in ("RGB", "L") else None
-    except Exception:  # whatever is wrong with the file, decoding it on the CPU will say
+        frame = jpeg_frame(raw)
+    except (ValueError, DecompressionBombError):  # decoding it on the CPU will say
         return None
+    # baseline, extended or progressive by Huffman's code; where bytes are to be skipped, nvJPEG may read another size
+    known = frame and frame.clean and frame.marker <= 0xC2 and frame.precision == 8 and frame.components in (1, 3)
+    return (frame.height, frame.width) if known else None
 
 
 def _decode_jpegs(jpegs: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

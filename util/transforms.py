@@ -133,7 +133,8 @@ def finetune_transform(size: Size, color_jitter: float | None, aa: str | None) -
         raise UserError(f"--aa {aa} is no policy of timm: use one such as rand-m9-mstd0.5-inc1, or ''") from error
     crop, flip = crop_and_flip.transforms
     draw_box = RandomResizedCropAndInterpolation.get_params
-    return RandomCrop(_sides(size), draw_box, crop.scale, flip.p, posterize_to_black(policy) if policy.transforms else None)
+    policy = posterize_to_black(policy) if policy.transforms else None
+    return RandomCrop(_sides(size), draw_box, crop.scale, flip.p, policy)
 
 
 @dataclass(frozen=True)
