@@ -3,6 +3,10 @@
 import gc
 import multiprocessing
 import os
+import random
+import shutil
+import socket
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +30,7 @@ from util.datasets import (
 from util.dist import Dist
 from util.errors import UserError
 from util.loader import eval_loader, normalise, train_loader
+from util.readers import pretraining_images
 from util.transforms import eval_transform, finetune_transform, linprobe_transform, pretrain_transform
 from util.workers import available_workers
 
@@ -177,6 +182,210 @@ def test_a_link_to_a_folder_above_does_not_multiply_the_images(tmp_path):
     (tmp_path / "photos" / "elsewhere").symlink_to(tmp_path / "more")
     write_image(tmp_path / "more" / "1.png", 1)
     assert [os.path.basename(path) for path, _ in list_images(tmp_path / "photos")] == ["0.png", "1.png"]
+
+
+def test_files_come_in_the_order_of_a_walk_from_the_top(tmp_path):
+    """The order decides which image a run sees when, so that a run can go on after an update."""
+    draw = random.Random(0)
+    for _ in range(60):
+        parts = [draw.choice(("a", "b", "a.b", "ä", "B", "10", "9")) for _ in range(draw.randint(0, 4))]
+        folder = tmp_path.joinpath(*parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / draw.choice(("x.png", "q", "a.JPG", "z.jpeg", "ä.bmp", "a.txt"))).write_bytes(b"")
+    expected = []
+    for folder, folders, files in os.walk(tmp_path):
+        folders.sort()
+        expected += [os.path.join(folder, name) for name in sorted(files) if name not in ("q", "a.txt")]
+    assert len(expected) > 20 and [path for path, _ in list_images(tmp_path)] == expected
+
+
+def link_to_each_other(root):
+    (root / "a" / "other").symlink_to("../b")
+    (root / "b" / "other").symlink_to("../a")
+
+
+def link_in_a_ring_of_three(root):
+    for name, target in (("a", "b"), ("b", "c"), ("c", "a")):
+        (root / name / "next").symlink_to(f"../{target}")
+
+
+def link_upwards(root):
+    for name in "abc":
+        (root / name / "up").symlink_to(root)
+        (root / name / "far up").symlink_to(root.parent)
+        (root / name / "itself").symlink_to(".")
+
+
+def two_names(root):
+    write_image(root.parent / "real" / "deep" / "8.png", 8)
+    for name in "abc":
+        (root / name / "again").symlink_to(root.parent / "real")
+        (root / name / "and again").symlink_to(root.parent / "real" / "deep")
+
+
+@pytest.mark.parametrize("links", [link_to_each_other, link_in_a_ring_of_three, link_upwards, two_names])
+def test_each_real_folder_is_listed_once_a_class(links, tmp_path):
+    root = tmp_path / "train"
+    for i, name in enumerate("abc"):
+        write_image(root / name / f"{i}.png", i)
+    links(root)
+    found = sorted(os.path.basename(path) for path, _ in list_images(root))
+    assert found == ["0.png", "1.png", "2.png"] + (["8.png"] if links is two_names else [])
+    files, _ = list_classes(root)
+    for label in range(3):
+        real = [os.path.realpath(path) for path, of in files if of == label]
+        assert len(real) == len(set(real)) and str(root / "abc"[label] / f"{label}.png") in real
+
+
+@pytest.fixture
+def outside():
+    """A folder that others than root may enter, which root's tests become: nothing is forbidden to root itself."""
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o755)
+    before = os.geteuid()
+    yield root, (lambda: os.seteuid(65534)) if before == 0 else lambda: None
+    os.seteuid(before)
+    for folder, *_ in os.walk(root):
+        os.chmod(folder, 0o755)
+    shutil.rmtree(root)
+
+
+FORBIDDEN = [["train/ant"], ["train/bee/deep"], ["train/ant", "train/cat", "val/bee"], ["val"], ["train"]]
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o311], ids=oct)
+@pytest.mark.parametrize("folders", FORBIDDEN, ids=str)
+def test_folders_that_may_not_be_read_are_all_named(folders, mode, outside):
+    root, become_somebody = outside
+    write_image_folder(root, n_train=1, n_val=1)
+    write_image(root / "train/bee/deep/0.png", 0)
+    for folder in folders:
+        # others' rights, where the tests are root's
+        (root / folder).chmod(mode)
+    become_somebody()
+    with pytest.raises(UserError, match=f"{len(folders)} folders cannot be read: ") as error:
+        classification_files(str(root), 3, with_train=True)
+    assert all(f"{root / folder} (Permission denied)" in error.value.message for folder in folders)
+    in_train = [folder for folder in folders if folder.startswith("train")]
+    if in_train:
+        with pytest.raises(UserError, match=f"{len(in_train)} folders cannot be read: "):
+            pretraining_images(str(root), "", "train", as_it_is, env(), 0, False)
+
+
+def test_a_folder_that_cannot_be_reached_is_not_said_to_be_missing(outside):
+    root, become_somebody = outside
+    write_image_folder(root / "data", n_train=1, n_val=1)
+    (root / "link").mkdir()
+    write_image(root / "link" / "a" / "0.png", 0)
+    (root / "link" / "a" / "b").symlink_to(root / "data" / "train")
+    (root / "data").chmod(0)
+    become_somebody()
+    with pytest.raises(UserError, match=r"no folder .*data/val \(Permission denied\)"):
+        classification_files(str(root / "data"), 3, with_train=True)
+    with pytest.raises(UserError, match="1 folders cannot be read: .*data .Permission denied"):
+        pretraining_images(str(root / "data"), "", "train", as_it_is, env(), 0, False)
+    with pytest.raises(UserError, match="1 folders cannot be read: .*link/a/b .Permission denied"):
+        list_images(root / "link")
+
+
+def test_a_link_to_nowhere_is_not_left_out(tmp_path):
+    write_image(tmp_path / "val" / "0.png", 0)
+    (tmp_path / "val" / "1.png").symlink_to("nowhere")
+    (tmp_path / "val" / "2.png").symlink_to("2.png")
+    files = list_images(tmp_path / "val")
+    assert names(files, tmp_path / "val") == ["0.png", "1.png", "2.png"]
+    for i in (1, 2):
+        with pytest.raises(UserError, match=f"cannot decode .*val/{i}.png .*--skip_bad_images"):
+            Images(files, as_it_is)[i]
+    (tmp_path / "train").symlink_to("nowhere")
+    with pytest.raises(UserError, match="no folder .*train .No such file"):  # and not: trained on val/
+        pretraining_images(str(tmp_path), "", "train", as_it_is, env(), 0, False)
+
+
+def test_what_is_no_regular_file_is_left_out_and_counted(tmp_path):
+    write_image(tmp_path / "a" / "0.png", 0)
+    (tmp_path / "a" / "1.png").symlink_to("0.png")
+    os.mkfifo(tmp_path / "a" / "2.jpg")
+    (tmp_path / "a" / "3.jpg").symlink_to("2.jpg")
+    (tmp_path / "a" / "4.jpg").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as server, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "a")  # its name may be 108 bytes long
+        server.bind("5.png")
+        with project_log() as lines:
+            assert names(list_images(tmp_path), tmp_path) == ["a/0.png", "a/1.png"]
+    assert len(lines) == 1 and "4 pipes, sockets or devices" in lines[0]
+
+
+def test_what_is_left_out_is_counted_in_one_line(tmp_path):
+    write_image_folder(tmp_path, n_train=1, n_val=1, classes=("ant",))
+    for name in (
+        ["x.jfif"] * 1 + [f"{i}.JFIF" for i in range(9)] + ["Thumbs.db", "README", "\udcff\x1b.j\x1b[2Jpg", ".DS_Store"]
+    ):
+        (tmp_path / "train" / "ant" / name).write_bytes(b"")
+    write_image(tmp_path / "train" / "loose.png", 0)
+    with project_log() as lines:
+        files, _ = classification_files(str(tmp_path), 1, with_train=True)
+    assert len(files) == 1 and len(lines) == 1
+    for words in ("10 ending in .jfif", "1 ending in .db", "1 without an ending", "1 ending in .j\\x1b[2jpg", "1 hidden",
+                  "1 images in no class folder", "Images are files ending in .jpg .jpeg .png"):  # fmt: skip
+        assert words in lines[0]
+    with project_log() as lines:
+        list_images(tmp_path / "val")
+    assert not lines  # nothing to say
+    (tmp_path / "train" / "ant" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"hold no image, such as 'ant'.*files ending in \.jpg \.jpeg \.png"):
+        list_classes(tmp_path / "train")
+    with pytest.raises(UserError, match=r"no images below .*files ending in \.jpg \.jpeg \.png"):
+        list_images(tmp_path / "train" / "ant")
+
+
+# names
+
+NAMES = {  # what is on the disk: what is shown
+    b"bad\xe9.png": "bad\\xe9.png",
+    b"\x1b[2Jgone.png": "\\x1b[2Jgone.png",
+    b"two\nlines\r.png": "two\\nlines\\r.png",
+    "schön 日本.png".encode(): "schön 日本.png",
+    "\u202egnp.exe.png".encode(): "\\u202egnp.exe.png",
+    "\x9b31m.png".encode(): "\\x9b31m.png",
+}
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_odd_names_are_shown_escaped_and_never_lost(name, tmp_path):
+    folder = os.fsencode(tmp_path)
+    with open(os.path.join(folder, name), "wb") as file:
+        file.write(b"\x89PNGxxxx")
+    write_image(tmp_path / "good.png", 0)
+    shown = f"{tmp_path}/{NAMES[name]}"
+    shown.encode()  # any file of UTF-8 takes it
+    files = list_images(tmp_path)
+    index = next(i for i in (0, 1) if not files[i][0].endswith("good.png"))
+    with pytest.raises(UserError) as error:
+        Images(files, as_it_is)[index]
+    assert error.value.message.startswith(f"cannot decode {shown} (") and error.value.message.isprintable()
+    images = Images(files, as_it_is, skip_bad=True)
+    images[index]
+    with project_log() as lines:
+        report_bad(images)
+    assert lines[0].endswith(f":\n  {shown}")
+    os.makedirs(os.path.join(folder, b"d", name))
+    for look in (list_images, list_classes):
+        with pytest.raises(UserError) as error:
+            look(os.fsdecode(os.path.join(folder, b"d", name)))
+        assert error.value.message.isprintable() and NAMES[name] in error.value.message
+
+
+def test_words_of_a_decoder_are_bounded_and_escaped(tmp_path, monkeypatch):
+    write_image(tmp_path / "0.png", 0)
+
+    def fail(_):
+        raise OSError("\x1b]0;title\x07" * 1000)
+
+    monkeypatch.setattr("util.datasets.decode", fail)
+    with pytest.raises(UserError) as error:
+        Images(list_images(tmp_path), as_it_is)[0]
+    assert error.value.message.isprintable() and len(error.value.message) < 1000
 
 
 # order

@@ -62,8 +62,17 @@ def decode(data: torch.Tensor) -> torch.Tensor:
     """File content [n_bytes] uint8 -> pixels [3, H, W] uint8, in memory as [H, W, 3].
 
     Values: see `to_rgb`. EXIF orientation is ignored, as in the original recipe. Raises DecompressionBombError for more
-    pixels than `pixel_limit()`, ValueError for values that have no rule, what Pillow raises for damaged files.
+    pixels than `pixel_limit()`, ValueError for values that have no rule and for what is hardly more than a line, which
+    would take gigabytes once its shorter side is resized, and what Pillow raises for damaged files.
     """
+    pixels = _decode(data)
+    height, width = pixels.shape[1:]
+    if max(height, width) > 1000 * min(height, width):
+        raise ValueError(f"{width} x {height} pixels: one side is over 1000 times the other")
+    return pixels
+
+
+def _decode(data: torch.Tensor) -> torch.Tensor:
     limit, raw = pixel_limit(), data.numpy().tobytes()
     if raw.startswith(JPEG):
         frame = jpeg_frame(raw)

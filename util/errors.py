@@ -1,9 +1,7 @@
 """The exceptions whose message is meant for the user and not for the developer, and how it shows what is not ours."""
 
-from pathlib import Path
 
-
-def printable(text: str | Path) -> str:
+def printable(text: object) -> str:
     """A file's name, or words of a library -> the same with control characters, and bytes that are no UTF-8, escaped.
 
     Names on disk are bytes: a terminal obeys some of them, and a log of UTF-8 loses the line that holds others.

@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from util import rng
 from util.datasets import Images, TrainSampler
+from util.decode import JPEG_DECODER
 from util.dist import Dist
 from util.errors import UserError
 from util.gpu_decode import EncodedImages, check_gpu_decode
+from util.log import log
 from util.readers import Stream
 from util.workers import batches, worker_options
 
@@ -98,6 +100,7 @@ def train_loader(
     """
     device = sampler.env.device
     options = worker_options(num_workers, pin_mem, device, timeout_seconds)
+    log.info(f"JPEGs are decoded by {JPEG_DECODER}, the first that is here of simplejpeg, torchvision and Pillow")
     if isinstance(dataset, Stream):
         if decode == "cuda":
             raise UserError(

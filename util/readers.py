@@ -17,8 +17,9 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from util import rng
 from util.datasets import Images, classification_files, list_images
+from util.decode import pixel_limit, to_rgb
 from util.dist import Dist
-from util.errors import UserError
+from util.errors import UserError, printable
 from util.log import log
 
 STREAMS = ("wds", "hfids", "tfds")
@@ -42,7 +43,7 @@ class ReaderImages(Images):
 
     def name(self, index: int) -> str:
         """Where the image is, for messages."""
-        return str(self.reader.filename(index))
+        return printable(self.reader.filename(index))
 
 
 class Stream:
@@ -57,6 +58,7 @@ class Stream:
     ) -> None:  # fmt: skip
         self.open_reader, self.transform, self.seed, self.training = open_reader, transform, seed, training
         self.nb_classes, self.rank, self.world_size = nb_classes, rank, world_size
+        pixel_limit()  # Pillow's, which the readers obey
         reader = open_reader(seed)
         self.n_images = reader.num_samples or 0
         if not training:
@@ -79,7 +81,10 @@ class Stream:
         for count, (image, label) in enumerate(reader):
             check_label(label, self.nb_classes)
             rng.seed_sample(self.seed, epoch, (count * n_workers + worker) * self.world_size + self.rank)
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            try:
+                pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+            except ValueError as error:
+                raise UserError(f"image {count} of worker {worker} of the stream has {error}") from error
             yield *self.transform(pixels), int(label)
 
     def take_bad(self) -> list[str]:
@@ -99,8 +104,10 @@ def pretraining_images(
     if not root:
         raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
     folder = Path(root) / "train"
-    folder = folder if os.path.isdir(folder) else Path(root)  # unlike Path.is_dir, this takes names that are too long
-    log.info(f"training on the images below {folder}")
+    folder = (
+        folder if os.path.lexists(folder) else Path(root)
+    )  # a link that leads nowhere is an error, not val/ as well
+    log.info(f"training on the images below {printable(folder)}")
     return Images(list_images(folder), transform, seed, skip_bad)
 
 
@@ -184,6 +191,8 @@ class _StreamOpener:
 
     def __init__(self, name: str, root: str | None, split: str, training: bool) -> None:
         self.options = {"name": name, "root": root, "split": split, "is_training": training}
+        if not name.startswith("tfds"):  # which TensorFlow decodes: 8 bits at most
+            self.options["input_img_mode"] = ""  # values as they are, for `to_rgb`
 
     def __call__(self, seed: int) -> Reader:
         return create_reader(**self.options, seed=seed)

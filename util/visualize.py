@@ -4,17 +4,20 @@ Letters: N batch, C channels, L patches, P patch side in pixels, H height, W wid
 in [0, 1]; in masks and in `removed`, 1 or True means removed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.ExifTags import Base
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from models_mae import kept_patches
-from util.errors import UserError
+from util.decode import to_rgb
+from util.errors import UserError, printable
 from util.loader import normalise
 
 KINDS = ("original", "masked", "reconstructed", "pasted")
@@ -51,14 +54,19 @@ def reconstruct(
     mask_ratio: float = 0.75,
     noise: torch.Tensor | None = None,
     statistics: str = "neighbours",
+    **colours: Sequence,
 ) -> Pictures:
-    """Normalised images [N, 3, H, W] (and mask noise [N, L]) -> Pictures. `model`: see models_mae.py.
+    """Normalised images [N, C, H, W] (and mask noise [N, L]) -> Pictures. `model`: see models_mae.py.
 
     A model of normalised pixels predicts each patch up to its mean and deviation. `statistics` says where these come
     from: "neighbours" (see `neighbour_statistics`) or "answer", the true patches. Other models don't need it.
+    `colours`: mean, std and bands of `to_pixels`. Raises UserError where the images' channels are not the model's.
     """
     if statistics not in STATISTICS:
         raise UserError(f"statistics {statistics!r} is not known: use one of {', '.join(STATISTICS)}")
+    channels = model.patch_embed.proj.in_channels
+    if imgs.shape[1] != channels:
+        raise UserError(f"images of {imgs.shape[1]} channels, but the model takes {channels}: build it with in_chans")
     was_training = model.training
     model.eval()
     loss, pred, mask = model(imgs, mask_ratio, *(() if noise is None else (noise,)))
@@ -70,19 +78,36 @@ def reconstruct(
         if statistics == "neighbours":
             mean, std = neighbour_statistics(mean, std, mask, model.patch_embed.grid_size)
         pred = pred * std[:, :, None] + mean[:, :, None]
-    removed = model.unpatchify(mask[:, :, None].expand_as(pred)) > 0
+    removed = model.unpatchify(mask[:, :, None].expand_as(pred))[:, :1] > 0
 
-    original, reconstructed = to_pixels(imgs), to_pixels(model.unpatchify(pred))
+    original, reconstructed = to_pixels(imgs, **colours), to_pixels(model.unpatchify(pred), **colours)
     masked = torch.where(removed, 0.5, original)  # removed patches in grey
     pasted = torch.where(removed, reconstructed, original)
     used = statistics if model.norm_pix_loss else ""
     return Pictures(original, masked, reconstructed, pasted, loss.item(), used)
 
 
-def to_pixels(imgs: torch.Tensor) -> torch.Tensor:
-    """Normalised images [N, 3, H, W] -> pictures [N, 3, H, W]."""
-    mean, std = (imgs.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (imgs * std + mean).clamp(0, 1)
+def to_pixels(
+    imgs: torch.Tensor,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    bands: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Normalised images [N, C, H, W] -> pictures [N, 3, H, W]: grey of one channel, of others the three `bands`.
+
+    `mean` and `std` [C] are those of the normalising (default: ImageNet's; where C is not 3, their averages). `bands`
+    are channels for red, green and blue (default: the first three). Raises UserError where there are none such.
+    """
+    channels = imgs.shape[1]
+    bands = [min(i, channels - 1) for i in range(3)] if bands is None else list(bands)
+    if len(bands) != 3 or not all(0 <= band < channels for band in bands):
+        raise UserError(f"bands {bands} of images of {channels} channels: choose three of 0 to {channels - 1}")
+
+    def of_bands(values: Sequence[float] | None, default: Sequence[float]) -> torch.Tensor:
+        default = default if channels == 3 else [sum(default) / 3] * channels
+        return imgs.new_tensor(default if values is None else values)[bands].view(1, 3, 1, 1)
+
+    return (imgs[:, bands] * of_bands(std, IMAGENET_DEFAULT_STD) + of_bands(mean, IMAGENET_DEFAULT_MEAN)).clamp(0, 1)
 
 
 def neighbour_statistics(
@@ -169,12 +194,16 @@ def grid_of(rows: list[list[torch.Tensor]], titles: list[str], cell: tuple[int, 
 
 def from_images(images: list[Image.Image], size: tuple[int, int]) -> torch.Tensor:
     """PIL images of any kind and size -> normalised [N, 3, H, W]: turned as their EXIF says, cropped in the middle to
-    the shape of `size` (H, W), resized.
+    the shape of `size` (H, W), resized. Values become pixels as in training (see `to_rgb`); UserError where they can't.
     """
-    fitted = [
-        ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
-        for image in images
-    ]
+    fitted = []
+    for i, image in enumerate(images):
+        try:
+            rgb = to_rgb(image)
+        except ValueError as error:
+            raise UserError(f"image {i} ({printable(getattr(image, 'filename', '')) or 'unnamed'}): {error}") from error
+        rgb.getexif()[Base.Orientation] = image.getexif().get(Base.Orientation, 1)  # TIFF's would be lost
+        fitted.append(ImageOps.fit(ImageOps.exif_transpose(rgb), size[::-1], Image.Resampling.BICUBIC))
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in fitted])
     return normalise(pixels, torch.zeros(len(fitted), dtype=torch.bool))
 
