@@ -326,8 +326,8 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path):
     with project_log() as lines:
         files, _ = classification_files(str(tmp_path), 1, with_train=True)
     assert len(files) == 1 and len(lines) == 1
-    for words in ("10 ending in .jfif", "1 ending in .db", "1 without an ending", "1 ending in .j\\x1b[2jpg", "1 hidden",
-                  "1 images in no class folder", "Images are files ending in .jpg .jpeg .png"):  # fmt: skip
+    for words in ("10 ending in .jfif", "1 ending in .db", "1 without an ending", "1 ending in .j\\x1b[2jpg",
+                  "1 hidden", "1 images in no class folder", "Images are files ending in .jpg .jpeg .png"):  # fmt: skip
         assert words in lines[0]
     with project_log() as lines:
         list_images(tmp_path / "val")

@@ -129,6 +129,33 @@ def test_a_jpeg_that_fails_in_the_decoder_is_replaced_with_its_label(files):
     assert torch.equal(imgs, expected) and torch.equal(labels, expected_labels)
 
 
+def patched(data: bytes, marker: bytes, at: int, new: bytes) -> bytes:
+    place = data.index(marker) + at
+    return data[:place] + new + data[place + len(new) :]
+
+
+UNSURE = {
+    "bytes to be skipped": lambda data: data.replace(b"\xff\xdb", b"\0\1\2\xff\xdb", 1),
+    "too large": lambda data: patched(data, b"\xff\xc0", 5, b"\xff\xff\xff\xff"),
+    "12 bits": lambda data: patched(data, b"\xff\xc0", 4, b"\x0c"),
+    "arithmetic code": lambda data: patched(data, b"\xff\xc0", 1, b"\xc9"),
+    "2 channels": lambda data: patched(data, b"\xff\xc0", 9, b"\x02"),
+    "too many scans": lambda data: data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 200 + data[-2:],
+}
+
+
+@pytest.mark.parametrize("how", UNSURE)
+def test_jpegs_that_may_be_another_size_or_kind_are_left_to_the_cpu(how, files):
+    data = open(files[0][0], "rb").read()
+    assert EncodedImages(Images(files, RECIPES["pretrain"]))[0, 0][1] is not None
+    open(files[0][0], "wb").write(UNSURE[how](data))
+    encoded = EncodedImages(Images(files, RECIPES["pretrain"], skip_bad=True))
+    pixels, box, _, label, _ = encoded[0, 0]
+    assert box is None and pixels.shape == (32, 32, 3)
+    assert label == (0 if how == "bytes to be skipped" else 1)
+    assert len(encoded.images.take_bad()) == label
+
+
 def test_a_crop_that_the_gpu_cannot_resize_is_left_to_the_cpu(files, monkeypatch):
     """CUDA's antialiasing kernel refuses what is made more than about 47 times smaller."""
     images, sampler = Images(files, RECIPES["pretrain"]), TrainSampler(5, 5, 1, CPU, seed=0)

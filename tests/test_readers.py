@@ -12,6 +12,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ON_CPU, ROOT, run, torchrun
@@ -276,6 +277,61 @@ def test_a_broken_file_in_a_tar_is_named(tmp_path):
         [images[i] for i in range(2)]
     images = pretraining_images(tmp_path, "tar", "train", eval_transform(8), env(), 0, skip_bad=True)
     assert [images[i][2] for i in range(2)] == [0, 0] and images.take_bad() == ["bee/bad.png"]
+
+
+def wide(number: int) -> bytes:
+    """A PNG of 16-bit grey, of one level, which is 257 times its number."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 257 * number, np.uint16)).save(file, "png")
+    return file.getvalue()
+
+
+def write_of(root: Path, kind: str, data: list[bytes]) -> str:
+    """A data set `train` and `val` of these files, of label 0; returns its --dataset."""
+    if kind.startswith("hf"):
+        import datasets
+
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant"])})
+        rows = {"image": [{"bytes": one, "path": None} for one in data], "label": [0] * len(data)}
+        for split in ("train", "val"):
+            path = root / f"{split}-00000-of-00001.parquet"
+            datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+        card = {"dataset_info": {"splits": [{"name": "val", "num_examples": len(data), "num_bytes": 1}]},
+                "configs": [{"config_name": "default", "data_files": [{"split": "val", "path": "val-*"}]}]}  # fmt: skip
+        (root / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+        return f"{kind}/{root}"
+    with tarfile.open(root / ("val.tar" if kind == "tar" else "val-0000.tar"), "w") as tar:
+        for i, one in enumerate(data):
+            add(tar, f"ant/{i}.png" if kind == "tar" else f"{i}.png", one)
+            if kind == "wds":
+                add(tar, f"{i}.cls", b"0")
+    info = {"name": "val", "filenames": ["val-0000.tar"], "shard_lengths": [len(data)], "num_samples": len(data)}
+    (root / "_info.json").write_text(json.dumps({"splits": {"val": info}}))
+    return "tar" if kind == "tar" else "wds/mine"
+
+
+def seen_of(root: Path, kind: str, data: list[bytes], tmp_path, monkeypatch) -> list[int]:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+    root.mkdir()
+    name = write_of(root, kind, data)
+    _, val = labelled_images(str(root), name, ("train", "val"), (None, eval_transform(8)), 1, env(), False, 0, False)
+    return [n for imgs, _ in eval_loader(val, 4, env(), False, num_workers=0, pin_mem=False) for n in numbers(imgs)]
+
+
+@pytest.mark.parametrize("kind", ["tar", "hfds", "hfids", "wds"])
+def test_values_become_pixels_by_the_same_rule_from_every_reader(kind, tmp_path, monkeypatch):
+    assert sorted(seen_of(tmp_path / "data", kind, [wide(7), numbered(99), wide(200)], tmp_path, monkeypatch)) == [
+        7, 99, 200]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["tar", "hfds", "hfids", "wds"])
+def test_values_without_a_rule_are_refused_from_every_reader(kind, tmp_path, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 300, np.int32)).save(file, "tiff")
+    with pytest.raises(UserError, match="mode I of signed values: save it with unsigned values"):
+        seen_of(tmp_path / "data", kind, [file.getvalue()], tmp_path, monkeypatch)
 
 
 # errors

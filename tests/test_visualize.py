@@ -1,5 +1,7 @@
 """Pictures: un-normalised patches against closed forms, masks chosen by hand against the model's own masks."""
 
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 import models_mae
 import models_vit
 from util.attention import class_attention
+from util.decode import decode
 from util.errors import UserError
 from util.visualize import (
     KINDS,
@@ -186,6 +189,103 @@ def test_images_come_in_the_middle_in_the_shape_of_the_model_and_turned_by_exif(
     shown = to_pixels(from_images([turned], (20, 60)))[0]
     assert shown.shape == (3, 20, 60)
     assert shown[2, :, :25].mean() > 0.99 and shown[0, :, 35:].mean() > 0.99, "red lay on top, now it is on the right"
+
+
+MODES = ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "F", "I;16", "I;16B",
+         "I;16L", "I;16N")  # fmt: skip
+
+
+def in_mode(mode: str) -> Image.Image:
+    """A ramp of that mode."""
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    if mode == "F":
+        return Image.fromarray(ramp)
+    if mode.startswith("I;16"):
+        big = mode[-1] == "B" or (mode[-1] == "N" and sys.byteorder == "big")
+        return Image.frombytes(mode, (16, 16), (65535 * ramp).astype(">u2" if big else "<u2").tobytes())
+    grey = Image.fromarray((255 * ramp).astype(np.uint8))
+    rgb = Image.merge("RGB", (grey, grey.rotate(90), grey.rotate(180)))
+    if mode in ("La", "LA", "PA"):
+        return (grey if mode != "PA" else rgb.quantize(16)).convert("LA" if mode != "PA" else "PA").convert(mode)
+    return rgb.convert("RGBA").convert(mode) if mode == "RGBa" else rgb.convert(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_from_memory_have_the_pixels_of_training(mode):
+    image = in_mode(mode)
+    assert image.mode == mode
+    got = 255 * to_pixels(from_images([image], (16, 16)))[0].permute(1, 2, 0)
+    if mode == "F" or mode.startswith("I;16"):
+        expected = np.repeat(np.linspace(0, 255, 256).round().reshape(16, 16, 1), 3, 2)
+    else:
+        expected = np.asarray((image.convert("LA") if mode == "La" else image).convert("RGB"))
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-3 if mode != "I;16" else 1)
+    file = io.BytesIO()
+    try:
+        image.save(file, "tiff")
+        Image.open(file).load()
+    except (OSError, KeyError, ValueError):
+        return  # Pillow makes no file of this mode that it can read
+    decoded = decode(torch.from_numpy(np.frombuffer(file.getvalue(), np.uint8).copy()))
+    again = 255 * to_pixels(from_images([Image.open(file)], (16, 16)))[0]
+    np.testing.assert_allclose(decoded.numpy(), again.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["I", "LAB", "F"])
+def test_images_without_a_rule_are_refused_by_name(mode, tmp_path):
+    values = np.full((8, 8), 300, np.int32 if mode == "I" else np.float32)
+    image = Image.new("LAB", (8, 8)) if mode == "LAB" else Image.fromarray(values)
+    image.save(tmp_path / "x\n.tif")
+    for i, (one, name) in enumerate(((image, "unnamed"), (Image.open(tmp_path / "x\n.tif"), r".*/x\\n\.tif"))):
+        images = [Image.new("RGB", (4, 4))] * i + [one]
+        with pytest.raises(UserError, match=rf"^image {i} \({name}\): mode {mode}.*save it with unsigned values"):
+            from_images(images, (8, 8))
+
+
+def test_a_turned_tiff_of_16_bits_is_turned():
+    file = io.BytesIO()
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(values).save(file, "tiff", tiffinfo={0x0112: 6})
+    got = 255 * to_pixels(from_images([Image.open(file)], (8, 8)))[0, 0]
+    np.testing.assert_allclose(got.numpy(), np.rot90(np.rint(values / 257), -1), atol=1e-3)
+
+
+def of_channels(channels: int, **options):
+    torch.manual_seed(0)
+    return mae(32, in_chans=channels, **options)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 12])
+def test_images_of_any_channels_are_drawn_in_grey_or_three_bands(channels, norm_pix_loss):
+    imgs = torch.rand(2, channels, 32, 32) - 0.5
+    pictures = reconstruct(of_channels(channels, norm_pix_loss=norm_pix_loss), imgs)
+    mean, std = ((0.485 + 0.456 + 0.406) / 3, (0.229 + 0.224 + 0.225) / 3)
+    for kind in KINDS:
+        picture = getattr(pictures, kind)
+        assert picture.shape == (2, 3, 32, 32)
+        assert (channels == 1) == torch.equal(picture[:, 0], picture[:, 1])
+    for band in range(3 if channels != 3 else 0):
+        expected = imgs[:, min(band, channels - 1)] * std + mean
+        torch.testing.assert_close(pictures.original[:, band], expected)
+    sheet(pictures)
+
+
+def test_bands_mean_and_deviation_can_be_chosen():
+    imgs = torch.randn(1, 5, 32, 32)
+    mean, std, bands = [0.1, 0.2, 0.3, 0.4, 0.5], [1, 2, 3, 4, 5], (4, 0, 2)
+    pictures = reconstruct(of_channels(5), imgs, mean=mean, std=std, bands=bands)
+    for i, band in enumerate(bands):
+        torch.testing.assert_close(pictures.original[:, i], (imgs[:, band] * std[band] + mean[band]).clamp(0, 1))
+    for wrong in ((0, 1), (0, 1, 5), (-1, 0, 1)):
+        with pytest.raises(UserError, match=r"bands \[.*\] of images of 5 channels: choose three of 0 to 4"):
+            to_pixels(imgs, bands=wrong)
+
+
+@pytest.mark.parametrize(("images_", "model"), [(1, 3), (3, 1), (4, 3)])
+def test_images_of_other_channels_than_the_model_s_are_refused(images_, model):
+    with pytest.raises(UserError, match=f"images of {images_} channels, but the model takes {model}"):
+        reconstruct(of_channels(model), torch.zeros(1, images_, 32, 32))
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "class token", "global pool"])
