@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
+from timm.data.auto_augment import RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torchvision import transforms
 from torchvision.transforms.v2 import InterpolationMode
@@ -105,7 +106,7 @@ def linprobe_transform(size: Size, crop_min: float, hflip: float) -> RandomCrop:
     return RandomCrop(_sides(size), RandomResizedCrop.get_params, (crop_min, 1.0), hflip)
 
 
-def _weigh(augment: auto_augment.RandAugment) -> None:
+def _weigh(augment: RandAugment) -> None:
     """Let it draw operations as with `w0`, each at most once."""
     weights = [_W0.get(op.name.removesuffix("Increasing"), 0.0) for op in augment.ops]
     if augment.num_layers > np.count_nonzero(weights):
