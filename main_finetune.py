@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
 
     # training
     macs = flops.classifier_macs(model)
-    with Run(env, args, model, step, n_images=len(train_set), forward_macs=macs) as run:
+    with Run(env, args, model, step, n_images=len(train_set), forward_macs=macs, classes=val_set.classes) as run:
         for epoch in run.epochs():
             sampler.set_epoch(epoch, run.done.iteration)
             train_stats = train_one_epoch(

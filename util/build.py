@@ -105,6 +105,7 @@ def open_named(
     classes = 0 if head is None else len(head)
     network = models_vit.MODELS[name](num_classes=classes, global_pool="fc_norm.weight" in weights, **options)
     checkpoint.load_strictly(network, weights, source)
+    network.classes = state.get("classes")  # their names, where the file has them
     return name, network.eval()
 
 

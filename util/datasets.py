@@ -205,8 +205,10 @@ class Images(Dataset):
 
     Item (epoch, index) is augmented by (seed, epoch, index); item `index` draws nothing.
     A file that can't be decoded raises UserError with its name; with `skip_bad` the next good one takes its place, and
-    `take_bad()` lists it.
+    `take_bad()` lists it. `classes`: names in label order, where who made it knows them.
     """
+
+    classes: list[str] | None = None
 
     def __init__(
         self, files: Sequence[tuple[str, int]], transform: Callable, seed: int = 0, skip_bad: bool = False

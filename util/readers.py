@@ -52,6 +52,8 @@ class Stream:
     `open_reader(seed)` opens it anew, which happens once for each worker and epoch, so that nothing is carried along.
     """
 
+    classes: list[str] | None = None
+
     def __init__(
         self, open_reader: Callable[[int], Reader], transform: Callable, seed: int, training: bool,
         nb_classes: int | None, rank: int, world_size: int,
@@ -117,14 +119,19 @@ def labelled_images(
 ) -> tuple[Images | Stream | None, Images | Stream]:  # fmt: skip
     """(To train on, to validate): `root`/train and val, or with `name` two `splits` of a dataset.
 
-    The former is None where it has no transform. `sharded` evaluation takes its own part in each process. Raises
-    UserError where images are missing, or the classes do not fit one another or `nb_classes`.
+    The former is None where it has no transform; the latter has `classes`, names in label order, where they are known.
+    `sharded` evaluation takes its own part in each process. Raises UserError where images are missing, or the classes
+    do not fit one another or `nb_classes`.
     """
     train_transform, val_transform = transforms
     if not name:
         train_files, val_files = classification_files(root, nb_classes, with_train=train_transform is not None)
         train_set = train_transform and Images(train_files, train_transform, seed, skip_bad)
-        return train_set, Images(val_files, val_transform, seed, skip_bad)
+        val_set = Images(val_files, val_transform, seed, skip_bad)
+        folder = Path(root) / "val"
+        names = {label: Path(path).relative_to(folder).parts[0] for path, label in val_files}
+        val_set.classes = [names[label] for label in sorted(names)]
+        return train_set, val_set
     options = {"seed": seed, "skip_bad": skip_bad, "nb_classes": nb_classes}
     val_env = env if sharded else Dist(env.device)
     val_set = _open(name, root, splits[1], val_transform, val_env, training=False, **options)
@@ -158,7 +165,12 @@ def _open(
         ) from error
     if len(reader) == 0:
         raise UserError(f"--dataset {name} (--data_path {root}, split {split!r}) holds no images")
-    return ReaderImages(reader, nb_classes, transform, seed, skip_bad)
+    images = ReaderImages(reader, nb_classes, transform, seed, skip_bad)
+    # each reader has its own name for it
+    places = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    if isinstance(places, dict) and set(places.values()) == set(range(nb_classes or 0)):
+        images.classes = [str(name) for name in sorted(places, key=places.get)]
+    return images
 
 
 def _keep_own_share(reader: Reader, rank: int, world_size: int) -> None:

@@ -2,7 +2,8 @@
 
 A checkpoint is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict), `world_size`, `n_images` and
 `trained` (names of the optimizer's parameters, in its order); within an epoch also `iteration` (batches done) and
-`progress` (the sums of its means so far); in classifiers `max_accuracy` and `best`.
+`progress` (the sums of its means so far); in classifiers `max_accuracy`, `best` and
+`classes` (names in label order).
 """
 
 import argparse
@@ -48,14 +49,16 @@ class Run:
 
     Inside its `with`, signals are noted, and obeyed after an optimizer step; one run at a time has the folder.
     `n_images`: training images, which a run that resumes is to have too; `forward_macs`: multiply-adds of an image's
-    forward pass, with no backward pass where `frozen`; `milestones`: epochs between those that --keep_last keeps.
+    forward pass, with no backward pass where `frozen`; `milestones`: epochs between those that --keep_last keeps;
+    `classes`: a classifier's class names.
     """
 
     def __init__(
         self, env: Dist, args: argparse.Namespace, model: nn.Module, step: Step, *, n_images: int | None = None,
-        forward_macs: float = 0, frozen: bool = False, milestones: int | None = None,
+        forward_macs: float = 0, frozen: bool = False, milestones: int | None = None, classes: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.env, self.args, self.model, self.step, self.n_images = env, args, model, step, n_images
+        self.classes = classes
         self.throughput = None
         if forward_macs:
             images_per_step = args.batch_size * env.world_size
@@ -243,6 +246,8 @@ class Run:
         }
         if self.n_images is not None:
             state["n_images"] = self.n_images
+        if self.classes is not None:
+            state["classes"] = self.classes
         best = self.writer.best  # known now: the save before this one has ended
         if accuracy is not None and (best is None or accuracy > best[0]):
             best = (accuracy, epoch)
