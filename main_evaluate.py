@@ -17,6 +17,8 @@ from util.look import charts, results, tables
 from util.look.records import Watch, evaluate
 from util.step import autocast_dtype
 
+PUBLISHED_SIZE = (224, 224)  # of the released files
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All options, without --help."""
@@ -91,6 +93,8 @@ def main(args: argparse.Namespace) -> None:
     folders = {name: getattr(args, name.replace("-", "_")) for name in robustness.SETS}
     if not any(folders.values()) and not own:
         raise UserError("there is no set to evaluate: pass --imagenet FOLDER or another; --help lists them")
+    if not all(own):  # what argparse makes of --set=--
+        raise UserError("--set needs NAME=FOLDER: name the set and its folder")
     if len({name for name, _ in own}) < len(own):
         raise UserError("--set is given twice with one name: give each set a name of its own")
     if (real := folders.pop("imagenet-real")) and not args.imagenet:
@@ -111,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
 
     # what is done already
     md5 = on_main(env, lambda: results.md5_of(path))
-    published = results.published_for(path.name, md5) if size == (224, 224) else {}
+    published = results.published_for(path.name, md5) if size == PUBLISHED_SIZE else {}
     header = {
         "checkpoint": args.resume, "md5": md5, "model": name, "input_size": list(size),
         "precision": str(dtype or torch.float32).removeprefix("torch."), "versions": results.versions(),
