@@ -74,9 +74,13 @@ class Results:
         self.identity = json.dumps([header[name] for name in SAME])
         self._check_same()
         self.metas = {}
+        for path in (self.folder / "parts").rglob(".*.tmp.npz"):
+            path.unlink()  # of a process that was killed
         for path in sorted((self.folder / "parts").rglob("*.npz")):
             meta = _meta_of(path)
-            if meta and meta["identity"] == self.identity:
+            if meta and meta["identity"] != self.identity:
+                raise UserError(f"{path} is of {meta['identity']}, not {self.identity}: name another --output_dir")
+            if meta:
                 self.metas[meta["key"]] = meta
 
     def _check_same(self) -> None:
