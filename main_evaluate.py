@@ -141,7 +141,12 @@ def main(args: argparse.Namespace) -> None:
     batches = watch.batches(loader)
     full = args.batch_size if args.compile == "on" or (args.compile == "auto" and env.device.type == "cuda") else 0
     for done, (part, n) in enumerate(zip(todo, n_batches, strict=True), 1):
-        record, skipped = evaluate(model, part, batches, n, env, dtype, full)
+        try:
+            record, skipped = evaluate(model, part, batches, n, env, dtype, full)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--batch_size {args.batch_size} does not fit into the device's memory: halve it"
+            ) from error
         on_main(env, lambda: table.add(part, record, skipped))  # noqa: B023
         watch.tell(f"[{done}/{len(todo)}] {part.key}: {len(record['index'])} images")
     watch.close()
