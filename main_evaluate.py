@@ -17,8 +17,6 @@ from util.look import charts, results, tables
 from util.look.records import Watch, evaluate
 from util.step import autocast_dtype
 
-PUBLISHED_SIZE = (224, 224)  # of the released files
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     """All options, without --help."""
@@ -115,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
 
     # what is done already
     md5 = on_main(env, lambda: results.md5_of(path))
-    published = results.published_for(path.name, md5) if size == PUBLISHED_SIZE else {}
+    published = results.published_for(path.name, md5)
     header = {
         "checkpoint": args.resume, "md5": md5, "model": name, "input_size": list(size),
         "precision": str(dtype or torch.float32).removeprefix("torch."), "versions": results.versions(),

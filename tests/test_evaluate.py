@@ -657,7 +657,8 @@ def test_no_layout_of_the_set(case, world, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read"), ("{}", "no list of lists"), ("[[1000]]", "no list of lists"), ("[[1], 2]", "no list"),
+        ("{", "cannot be read"), ("[" * 100000, "cannot be read"),
+        ("{}", "no list of lists"), ("[[1000]]", "no list of lists"), ("[[1], 2]", "no list"),
         ("[[0.5]]", "no list of lists"), ("[[1], [2]]", "has 2 lists and none for"), ("[]", "has 0 lists and none for"),
     ],
 )  # fmt: skip
@@ -782,9 +783,24 @@ def test_published_figures_by_name_and_by_md5():
     assert set(download.MD5.values()) >= {"1b25e9", "51f550", "2541f2"}
 
 
+def test_released_file_by_its_name(world, table, tmp_path, monkeypatch):
+    """Where downloads are kept, as if it had been fetched."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    shutil.copy(world.file, tmp_path / "hub" / "checkpoints" / "mae_finetuned_vit_large.pth")
+    small = ("--model", "vit_tiny_patch4", "--input_size", 32)
+    found = run(
+        *options(world, "imagenet", "imagenet_a"), *small, output_dir=tmp_path / "out",
+        resume="mae_finetuned_vit_large",
+    )  # fmt: skip
+    for name, published in (("imagenet", 85.952), ("imagenet-a", 57.1)):
+        row = found["sets"][name]
+        assert row == table["sets"][name] | {"published": published, "difference": row["difference"]}
+        assert row["difference"] == pytest.approx(row["acc1"] - published, abs=1e-5)
+
+
 def test_published_figures_are_shown_with_the_difference(world, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "published_for", lambda *_: {"imagenet": 99.9, "imagenet-a": 50.0, "imagenet-c": 51.7})
-    monkeypatch.setattr(main_evaluate, "PUBLISHED_SIZE", (32, 32))
     sets = run(*options(world, "imagenet", "imagenet_a", "imagenet_c"), output_dir=tmp_path, resume=world.file)["sets"]
     for name, figure, value in (("imagenet", "acc1", 99.9), ("imagenet-a", "acc1", 50.0), ("imagenet-c", "mce", 51.7)):
         assert sets[name]["published"] == value

@@ -136,7 +136,10 @@ def _archives(folder: str | Path) -> str:
 
 
 def _subfolders(folder: str | Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error}): mend its permissions, or leave it out") from error
 
 
 def _corruptions(option: str, folder: str) -> list[Listed]:
@@ -269,7 +272,7 @@ def _real_labels(file: str, paths: list[str], place: dict[str, int]) -> torch.Te
     option = f"--imagenet_real {file}"
     try:
         lists = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{option} cannot be read ({error}): give ReaL's real.json") from error
     n = len(wnids())
     good = isinstance(lists, list) and all(
