@@ -89,9 +89,9 @@ class Watch:
             batch = next(iterator)
             now = time.perf_counter()
             self.waited += now - before
-            yield batch
             self.done += 1
             self.bar.update()
+            yield batch
             if now - self.told > 30:
                 self.tell(f"batch {self.done} of {self.total}")
 
