@@ -1,11 +1,19 @@
 """Exports: the real libraries load what we write, and give our outputs to 1e-4."""
 
 import json
+import re
 import sys
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from helpers import assert_same, load
+from PIL import Image
+from sklearn.datasets import load_digits
+from timm.data import create_transform, resolve_model_data_config
+from timm.layers import resample_patch_embed
 from torch import nn
 from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
@@ -15,6 +23,7 @@ from util import build
 from util.checkpoint import load_pretrained
 from util.errors import UserError
 from util.export import export, main
+from util.transforms import eval_transform
 
 
 def close(a, b):
@@ -218,3 +227,230 @@ def test_the_command_writes_where_the_caller_stands_and_says_how_to_load(tmp_pat
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2 and "checkpoint-7-full-hf exists" in capsys.readouterr().err
+
+
+# what a classifier gets to see, through timm's own transform
+
+
+def ours(image: Image.Image, size) -> torch.Tensor:
+    """[3, H, W]: an image as evaluation prepares it here."""
+    pixels, _ = eval_transform(size)(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    mean, std = (torch.tensor(values) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((pixels / 255 - mean) / std).permute(2, 0, 1)
+
+
+def theirs(image: Image.Image, model: nn.Module) -> torch.Tensor:
+    return create_transform(**resolve_model_data_config(model))(image)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Images of 56 x 40 pixels, each a digit in the middle, in colour; their labels."""
+    data, labels = load_digits(return_X_y=True)
+    tint = np.random.default_rng(0).uniform(0.5, 1, (len(data), 1, 1, 3))
+    pixels = (data.reshape(-1, 8, 8, 1) / 16 * tint * 255).astype(np.uint8)
+    images = []
+    for digit in pixels[:900]:
+        image = Image.new("RGB", (40, 56))
+        image.paste(Image.fromarray(digit).resize((32, 32), Image.Resampling.BICUBIC), (4, 12))
+        images.append(image)
+    return images, torch.from_numpy(labels[:900]).long()
+
+
+@pytest.fixture(scope="module", params=["mean", "token", "probe"])
+def classifier(request, digits, tmp_path_factory):
+    """(checkpoint, model): a classifier of digits of each kind, whose head is fitted to random features."""
+    torch.manual_seed(0)
+    images, labels = digits
+    model = models_vit.vit_tiny_patch4(num_classes=10, global_pool=request.param == "mean").eval()
+    with torch.no_grad():
+        for block in model.blocks:  # attention that looks at something
+            block.attn.qkv.weight.mul_(3)
+        features = model.forward_features(torch.stack([ours(image, 32) for image in images[:700]]))
+        norm = nn.BatchNorm1d(64, affine=False, eps=1e-6, momentum=None)
+        norm(features)
+        inputs = torch.cat([norm.eval()(features) if request.param == "probe" else features, torch.ones(700, 1)], 1)
+        ridge = 1e-3 * torch.eye(65)
+        fitted = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ F.one_hot(labels[:700]).float()).T
+        head = nn.Linear(64, 10)
+        head.weight.copy_(fitted[:, :-1])
+        head.bias.copy_(fitted[:, -1])
+    model.head = nn.Sequential(norm, head) if request.param == "probe" else head
+    path = tmp_path_factory.mktemp("digits") / "checkpoint-9.pth"
+    torch.save({"model": model.state_dict(), "args": {"model": "vit_tiny_patch4", "input_size": 32}}, path)
+    return path, model.eval()
+
+
+def test_timm_classifies_as_we_do_through_its_own_transform(classifier, digits, tmp_path):
+    """Image by image; with timm's own idea of mean, size and crop it would not."""
+    path, model = classifier
+    images, labels = digits[0][700:], digits[1][700:]
+    _, line = export(str(path), "timm", output=tmp_path / "digits")
+    exported = by_line(line, "model").eval()
+    expected = model(torch.stack([ours(image, 32) for image in images])).argmax(1)
+    found = exported(torch.stack([theirs(image, exported) for image in images])).argmax(1)
+    accuracy = (expected == labels).float().mean()
+    assert accuracy > 0.6
+    assert (found == expected).float().mean() >= 0.99  # Pillow's resize and ours differ by 0.03 grey levels
+    defaults = timm.create_model("vit_base_patch16_224", num_classes=10, img_size=32)
+    wrong = torch.stack([F.interpolate(theirs(image, defaults)[None], 32)[0] for image in images])
+    assert (exported(wrong).argmax(1) == labels).float().mean() < accuracy - 0.1
+
+
+@pytest.mark.parametrize("size", [32, 96, 224, 240, (32, 64), (64, 32), (288, 240)])
+@pytest.mark.parametrize("shape", [(300, 400), (500, 100), (50, 60)])
+def test_timm_prepares_images_as_our_evaluation(size, shape, tmp_path):
+    source, _ = saved(tmp_path, "vit_tiny_patch16", num_classes=3, img_size=size, depth=1)
+    path = tmp_path / "checkpoint-7.pth"
+    full = models_vit.vit_tiny_patch16(num_classes=3, img_size=size)
+    torch.save({**load(path), "model": full.state_dict()}, path)
+    _, line = export(source, "timm", output=tmp_path / "x.safetensors")
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize(shape, Image.Resampling.BICUBIC)
+    expected, found = ours(image, size), theirs(image, by_line(line, "model"))
+    assert found.shape == expected.shape
+    assert (found - expected).abs().mean() < 0.02, "in units of the deviation: 1 grey level"
+
+
+# another size than the checkpoint's
+
+
+@pytest.mark.parametrize("size", [16, 48, (32, 64)])
+@pytest.mark.parametrize("name", ["mae_vit_tiny_patch4", "vit_tiny_patch4"])
+def test_at_another_size_features_are_those_of_a_fine_tuned_start(name, size, tmp_path):
+    """The same positions as --finetune gives a classifier of that size, learned or sin-cos."""
+    options = {"num_classes": 3} if name.startswith("vit") else {}
+    source, _ = saved(tmp_path, name, **options)
+    classifier = models_vit.vit_tiny_patch4(img_size=size, num_classes=3).eval()
+    load_pretrained(source, classifier)
+    imgs, _ = batch(classifier)
+    for to, ending in (("timm", ""), ("safetensors", ".safetensors")):
+        path, line = export(source, to, output=tmp_path / f"{to}{ending}", input_size=size)
+        if to == "timm":
+            model = by_line(line, "model").eval()
+            features = model.forward_head(model.forward_features(imgs), pre_logits=True)
+        else:
+            again = build.open_model(path, encoder_only=True)
+            features = again.forward_features(imgs) if options else again.encode(imgs)[0]
+        close(features, classifier.forward_features(imgs))
+
+
+def test_at_another_size_a_decoder_moves_along(tmp_path, onnxruntime):
+    source, model = saved(tmp_path)
+    path, line = export(source, "hf", "full", tmp_path / "hf", input_size=48)
+    theirs = by_line(line, "model").eval()
+    path, _ = export(source, "onnx", "full", tmp_path / "mae", input_size=48)
+    imgs, noise = torch.randn(2, 3, 48, 48), torch.rand(2, 144)
+    expected = theirs(imgs, noise=noise)
+    loss, pred, mask = onnx_outputs(onnxruntime, path, images=imgs, noise=noise)
+    close(pred, expected.logits)
+    for key in ("pos_embed", "decoder_pos_embed"):
+        old = model.state_dict()[key][:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+        new = F.interpolate(old, (12, 12), mode="bicubic").flatten(2).transpose(1, 2)
+        hugging_face = "decoder.decoder_pos_embed" if "decoder" in key else "vit.embeddings.position_embeddings"
+        close(theirs.state_dict()[hugging_face][:, 1:], new)
+
+
+def test_size_that_patches_do_not_divide_is_refused_with_sizes_that_work(tmp_path):
+    source, _ = saved(tmp_path)
+    with pytest.raises(UserError, match="side 50 .*such as 48 or 52"):
+        export(source, "timm", output=tmp_path / "x", input_size=50)
+    assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize("to", ["timm", "safetensors", "onnx", "detectron2", "mmseg"])
+@pytest.mark.parametrize("name", ["name", "name.v1", 'a "quoted" name', "name.pth"])
+def test_name_without_the_ending_gets_it_and_the_line_loads_it(to, name, tmp_path, monkeypatch):
+    source, model = saved(tmp_path)
+    monkeypatch.setattr("util.export.to_onnx", lambda model, part, ratio, path: path.write_bytes(b"x"))
+    path, line = export(source, to, output=tmp_path / name)
+    ending = ".pth" if to in ("detectron2", "mmseg") else ".onnx" if to == "onnx" else ".safetensors"
+    assert path.name == (name if name.endswith(ending) else name + ending) and path.is_file()
+    if to in ("timm", "safetensors", "mmseg"):
+        by_line(line, "weights" if to == "safetensors" else "model")
+
+
+def test_place_that_cannot_be_written_is_told(tmp_path):
+    source, _ = saved(tmp_path)
+    (tmp_path / "file").touch()
+    for to in ("timm", "hf", "mmseg"):
+        with pytest.raises(UserError, match="cannot be written.*--output"):
+            export(source, to, output=tmp_path / "file" / "x")
+
+
+# detectors and segmenters: names as in the documentation of these libraries
+
+
+def names_of(before: str, layer: str, in_layer: list[str], depth: int, rest: list[str]) -> set[str]:
+    layers = [f"{layer}.{i}.{name}.{kind}" for i in range(depth) for name in in_layer for kind in ("weight", "bias")]
+    return {before + name for name in layers + rest}
+
+
+# https://github.com/facebookresearch/detectron2, detectron2/modeling/backbone/vit.py: the modules of class ViT
+VITDET = names_of(
+    "", "blocks", ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"], 4,
+    ["pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"],
+)  # fmt: skip
+# https://github.com/open-mmlab/mmsegmentation, mmseg/models/backbones/{mae,beit}.py: class MAE, final_norm=True;
+# its relative positions, zeros, and its gamma, ones, come from the config
+MMSEG = names_of(
+    "", "layers", ["ln1", "attn.qkv", "attn.proj", "ln2", "ffn.layers.0.0", "ffn.layers.1"], 4,
+    ["cls_token", "pos_embed", "patch_embed.projection.weight", "patch_embed.projection.bias"],
+) | {"ln1.weight", "ln1.bias"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["mae_vit_tiny_patch4", "vit_tiny_patch4"])
+def test_detectron2_gets_the_names_of_its_vit(name, tmp_path):
+    """It leaves out the class token and the last norm."""
+    source, model = saved(tmp_path, name)
+    path, line = export(source, "detectron2", output=tmp_path / "x.pth")
+    weights = load(path)["model"]
+    assert weights.keys() - {"cls_token", "norm.weight", "norm.bias"} == VITDET
+    assert "pretrain_img_size = 32" in line and "patch_size = 4" in line and f'init_checkpoint = "{path}"' in line
+    assert_same(weights, {key: model.state_dict()[key] for key in weights})
+
+
+def test_mmsegmentation_gets_its_names_and_features_stay(tmp_path):
+    source, model = saved(tmp_path, img_size=(32, 64))
+    path, line = export(source, "mmseg", output=tmp_path / "x.pth")
+    weights, backbone = load(path), by_line(line, "model")["backbone"]
+    assert weights.keys() == MMSEG
+    assert backbone["init_cfg"]["checkpoint"] == str(path) and backbone["init_values"] == 1.0
+    options = {"patch_size": backbone["patch_size"], "embed_dim": backbone["embed_dims"], "num_classes": 0}
+    options |= {"depth": backbone["num_layers"], "num_heads": backbone["num_heads"], "img_size": backbone["img_size"]}
+    back = {"patch_embed.projection": "patch_embed.proj", "ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2"}
+    back |= {r"^ln1": "norm", r"\.ln": ".norm", "^layers": "blocks"}
+    for pattern, name in back.items():
+        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+    theirs = timm.create_model("vit_base_patch16_224", **options).eval()
+    theirs.load_state_dict(weights)
+    imgs, _ = batch(model)
+    close(theirs.forward_features(imgs)[:, 1:], model.encode(imgs)[1].flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("to", ["detectron2", "mmseg"])
+def test_patches_of_another_size(to, tmp_path):
+    """The kernel by timm's method, positions to the grid: 4 pixels to 8, so 8 x 8 positions to 4 x 4; then to 6 x 6."""
+    source, model = saved(tmp_path)
+    for size, side in ((None, 4), (48, 6)):
+        path, line = export(source, to, output=tmp_path / f"{to}{side}.pth", patch_size=8, input_size=size)
+        weights = load(path).get("model", load(path))
+        kernel = weights["patch_embed.proj.weight" if to == "detectron2" else "patch_embed.projection.weight"]
+        close(kernel, resample_patch_embed(model.patch_embed.proj.weight, (8, 8)))
+        old = model.pos_embed[:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+        close(weights["pos_embed"][:, 1:], F.interpolate(old, (side, side), mode="bicubic").flatten(2).mT)
+        assert torch.equal(weights["pos_embed"][:, :1], model.pos_embed[:, :1])
+        assert re.search(r"patch_size\W+8\b", line)
+
+
+def test_what_detectors_do_not_take_is_refused(tmp_path):
+    source, _ = saved(tmp_path, img_size=(32, 64))
+    for to, options, reason in (
+        ("detectron2", {}, "square, not 32 x 64"),
+        ("mmseg", {"part": "full"}, "takes --part encoder"),
+        ("mmseg", {"patch_size": 5}, "side 32 .*patches of 5"),
+        ("timm", {"patch_size": 8}, "--patch 8 is for --to detectron2"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            export(source, to, output=tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out*"))

@@ -101,6 +101,24 @@ def _published(name: str) -> str:
     return name
 
 
+# ours -> those of mmsegmentation's backbone MAE (its modules' names, and its tools/model_converters/beit2mmseg.py)
+_MMSEG = [
+    (r"^norm\.", "ln1."),
+    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+    (r"^blocks\.(\d+)\.norm", r"layers.\1.ln"),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"layers.\1.ffn.layers.0.0."),
+    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"layers.\1.ffn.layers.1."),
+    (r"^blocks\.", "layers."),
+]
+
+
+def to_mmseg(weights: Weights) -> Weights:
+    """An encoder's weights -> the names of mmsegmentation's backbone MAE."""
+    for pattern, replacement in _MMSEG:
+        weights = {re.sub(pattern, replacement, name): tensor for name, tensor in weights.items()}
+    return weights
+
+
 def as_checkpoint(state: object) -> object:
     """What a file holds -> {"model": state dict}, where it is a bare state dict of timm or Hugging Face.
 

@@ -1,10 +1,14 @@
-"""Weights for other libraries: python -m util.export CHECKPOINT --to timm|hf|safetensors|onnx
+"""Weights for other libraries: python -m util.export CHECKPOINT --to timm|hf|safetensors|onnx|detectron2|mmseg
 
 timm          the encoder, or a classifier, as timm's VisionTransformer names its weights (.safetensors)
 hf            a folder for Hugging Face's ViTMAEModel (encoder) or ViTMAEForPreTraining (--part full)
 safetensors   our own names; reads back as --finetune and in util/build.py
 onnx          encoder: images -> class_token, patch_map; --part full: images, noise -> loss, pred, mask;
               a classifier: images -> logits. Any batch size.
+detectron2    the encoder for ViTDet (.pth)
+mmseg         the encoder for mmsegmentation's backbone MAE (.pth)
+
+At another --input_size than the checkpoint's, positions are resampled as for fine-tuning, those of a decoder too.
 """
 
 import argparse
@@ -16,21 +20,43 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from models_mae import MaskedAutoencoderViT
-from util import cli, convert, exits
-from util.build import is_decoder, open_named
+from models_vit import check_divisible
+from util import checkpoint, cli, convert, exits
+from util.build import find, is_decoder, open_named
 from util.errors import UserError
+from util.pos_embed import resample
+from util.transforms import eval_crop_share
 
-TIMM_NAMES = {
-    "vit_tiny_patch16": "vit_tiny_patch16_224",
-    "vit_small_patch16": "vit_small_patch16_224",
-    "vit_base_patch16": "vit_base_patch16_224",
-    "vit_large_patch16": "vit_large_patch16_224",
-    "vit_huge_patch14": "vit_huge_patch14_224",
-}
+ENDINGS = {"timm": ".timm.safetensors", "hf": "-hf", "safetensors": ".safetensors", "onnx": ".onnx"}
+ENDINGS |= {"detectron2": ".detectron2.pth", "mmseg": ".mmseg.pth"}
+_WITH_NAME = ("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
+TIMM_NAMES = {name: f"{name}_224" for name in _WITH_NAME}
 
 
-def to_timm(model: nn.Module, name: str, path: Path) -> str:
-    """Write encoder or classifier; returns the Python line that loads it."""
+def preprocessing(model: nn.Module, args: dict) -> dict[str, object]:
+    """How evaluation prepares images for a model, by timm's names; `args` are those of its checkpoint.
+
+    Without mean and std where nobody tells them: the checkpoint has none, and other than 3 channels.
+    """
+    size, channels = tuple(model.patch_embed.img_size), model.patch_embed.proj.in_channels
+    known = {"input_size": (channels, *size), "interpolation": "bicubic", "crop_mode": "center"}
+    known["crop_pct"] = eval_crop_share(size)
+    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        told = args.get(name)
+        if isinstance(told, list | tuple) and len(told) == channels and all(isinstance(v, int | float) for v in told):
+            known[name] = tuple(told)
+        elif channels == 3:
+            known[name] = default
+    return known
+
+
+def _code(value: object) -> str:
+    """A path, or a number, as a literal of Python."""
+    return json.dumps(str(value), ensure_ascii=False) if isinstance(value, str | Path) else repr(value)
+
+
+def to_timm(model: nn.Module, name: str, prepared: dict, path: Path) -> str:
+    """Write encoder or classifier; returns the Python line that loads it, with how to prepare images (`prepared`)."""
     weights = {key: value for key, value in model.state_dict().items() if not is_decoder(key)}
     convert.write_safetensors(path, weights)
     short = name.removeprefix("mae_").removesuffix("_dec512d8b")
@@ -42,14 +68,16 @@ def to_timm(model: nn.Module, name: str, path: Path) -> str:
         options |= {"depth": len(model.blocks), "num_heads": model.blocks[0].attn.num_heads}
     if tuple(model.patch_embed.img_size) != (224, 224):
         options["img_size"] = tuple(model.patch_embed.img_size)
+    if prepared["input_size"][0] != 3:
+        options["in_chans"] = prepared["input_size"][0]
     # the number of classes again: timm drops the head of a file that it believes to have another
-    options["pretrained_cfg_overlay"] = {"file": str(path), "num_classes": options["num_classes"]}
+    options["pretrained_cfg_overlay"] = {"file": str(path), "num_classes": options["num_classes"], **prepared}
     keywords = ", ".join(f"{key}={value!r}" for key, value in options.items())
     timm_name = TIMM_NAMES.get(short, "vit_base_patch16_224")
     return f'import timm; model = timm.create_model("{timm_name}", pretrained=True, {keywords})'
 
 
-def to_hugging_face(model: MaskedAutoencoderViT, part: str, mask_ratio: float, folder: Path) -> str:
+def to_hugging_face(model: MaskedAutoencoderViT, part: str, mask_ratio: float, prepared: dict, folder: Path) -> str:
     """Write config.json, preprocessor_config.json and model.safetensors; returns the Python line that loads them."""
     height, width = model.patch_embed.img_size
     if height != width:
@@ -67,10 +95,34 @@ def to_hugging_face(model: MaskedAutoencoderViT, part: str, mask_ratio: float, f
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True, "size": {"height": height, "width": width}, "resample": 3,  # 3: bicubic
             "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD,
+            "do_normalize": True, "image_mean": prepared["mean"], "image_std": prepared["std"],
         },
     )  # fmt: skip
-    return f'import transformers; model = transformers.{name}.from_pretrained("{folder}")'
+    return f"import transformers; model = transformers.{name}.from_pretrained({_code(folder)})"
+
+
+def to_detector(model: nn.Module, to: str, path: Path) -> str:
+    """Write the encoder for detectron2's ViTDet or mmsegmentation; returns the lines of a config that load it."""
+    left_out = ("head.", "fc_norm.")
+    weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    weights = {key: value for key, value in weights.items() if not is_decoder(key) and not key.startswith(left_out)}
+    (height, width), patch_size = model.patch_embed.img_size, model.patch_embed.patch_size[0]
+    width_depth_heads = model.pos_embed.shape[-1], len(model.blocks), model.blocks[0].attn.num_heads
+    if to == "detectron2":
+        if height != width:
+            raise UserError(
+                f"ViTDet takes pretraining images that are square, not {height} x {width}: use --input_size"
+            )
+        torch.save({"model": weights}, path)
+        options = dict(zip(("embed_dim", "depth", "num_heads"), width_depth_heads, strict=True))
+        options |= {"patch_size": patch_size, "pretrain_img_size": height}
+        lines = [f"model.backbone.net.{key} = {value}" for key, value in options.items()]
+        return "; ".join([f"train.init_checkpoint = {_code(path)}", *lines])
+    torch.save(convert.to_mmseg(weights), path)
+    options = {"type": "MAE", "img_size": (height, width), "patch_size": patch_size}
+    options |= dict(zip(("embed_dims", "num_layers", "num_heads"), width_depth_heads, strict=True))
+    options |= {"init_values": 1.0, "init_cfg": {"type": "Pretrained", "checkpoint": str(path)}}
+    return f"model = dict(backbone={options!r})"
 
 
 def _hugging_face_config(model: MaskedAutoencoderViT, architecture: str, mask_ratio: float) -> dict:
@@ -80,7 +132,7 @@ def _hugging_face_config(model: MaskedAutoencoderViT, architecture: str, mask_ra
         "model_type": "vit_mae",
         "image_size": model.patch_embed.img_size[0],
         "patch_size": model.patch_embed.patch_size[0],
-        "num_channels": model.in_chans,
+        "num_channels": model.patch_embed.proj.in_channels,
         "hidden_size": model.pos_embed.shape[-1],
         "num_hidden_layers": len(blocks),
         "num_attention_heads": blocks[0].attn.num_heads,
@@ -106,7 +158,7 @@ def to_safetensors(model: nn.Module, part: str, args: dict, path: Path) -> str:
     keep_all = part == "full" or not isinstance(model, MaskedAutoencoderViT)
     weights = {key: value for key, value in model.state_dict().items() if keep_all or not is_decoder(key)}
     convert.write_safetensors(path, weights, args)
-    return f'import safetensors.torch; weights = safetensors.torch.load_file("{path}")'
+    return f"import safetensors.torch; weights = safetensors.torch.load_file({_code(path)})"
 
 
 class _Encoder(nn.Module):
@@ -138,7 +190,7 @@ def to_onnx(model: nn.Module, part: str, mask_ratio: float, path: Path) -> str:
             raise UserError(
                 f"--to onnx needs packages that are missing: pip install onnx onnxscript ({error})"
             ) from error
-    inputs = {"images": torch.randn(2, 3, *model.patch_embed.img_size)}
+    inputs = {"images": torch.randn(2, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)}
     if not isinstance(model, MaskedAutoencoderViT):
         outputs = ["logits"]
     elif part == "encoder":
@@ -151,7 +203,7 @@ def to_onnx(model: nn.Module, part: str, mask_ratio: float, path: Path) -> str:
         model.eval(), tuple(inputs.values()), path, input_names=list(inputs), output_names=outputs, dynamo=True,
         dynamic_shapes=[{0: batch} for _ in inputs], external_data=_bytes(model) > 1.9e9, verbose=False,
     )  # fmt: skip
-    return f'import onnxruntime; session = onnxruntime.InferenceSession("{path}")'
+    return f"import onnxruntime; session = onnxruntime.InferenceSession({_code(path)})"
 
 
 def _bytes(model: nn.Module) -> int:
@@ -166,33 +218,61 @@ def export(
     model_name: str = "",
     input_size: int | tuple[int, int] | None = None,
     mask_ratio: float = 0.75,
+    patch_size: int | None = None,
 ) -> tuple[Path, str]:
     """Write `source` (see util/build.py) in the format `to`; returns the new path and the line of Python that loads it.
 
-    Raises UserError for bad input, and where the output exists already.
+    The path has the format's ending, whatever `output` has. Raises UserError for bad input, and where the output exists
+    already or cannot be written.
     """
-    stem = Path(source).stem + ("-full" if part == "full" else "")
-    ending = {"timm": ".timm.safetensors", "hf": "-hf", "safetensors": ".safetensors", "onnx": ".onnx"}[to]
-    output = output or Path(stem + ending)
+    output = output or Path(Path(source).stem + ("-full" if part == "full" else "") + ENDINGS[to])
+    suffix = Path("x" + ENDINGS[to]).suffix  # by which libraries tell what a file is
+    if to != "hf" and output.suffix != suffix:
+        output = output.with_name(output.name + suffix)
     if output.exists():
         raise UserError(f"{output} exists: remove it, or name another with --output")
-    if to == "timm" and part == "full":
-        raise UserError("timm has no masked autoencoder: --to timm takes --part encoder")
-    name, model = open_named(source, model_name, input_size=input_size, encoder_only=part == "encoder")
+    if part == "full" and to in ("timm", "detectron2", "mmseg"):
+        raise UserError(f"{to} has no masked autoencoder: --to {to} takes --part encoder")
+    if patch_size and to not in ("detectron2", "mmseg"):
+        raise UserError(f"--patch {patch_size} is for --to detectron2 and --to mmseg: leave it out")
+    name, model = open_named(source, model_name, encoder_only=part == "encoder")
+    (patch, _), size = model.patch_embed.patch_size, input_size or model.patch_embed.img_size
+    check_divisible(size, patch_size or patch)
+    resample(model, size, patch_size or patch)
     is_mae = isinstance(model, MaskedAutoencoderViT)
     if to == "hf" and not is_mae:
         raise UserError(f"{source} is a classifier, and --to hf writes masked autoencoders: use --to timm")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if to == "timm":
-        return output, to_timm(model, name, output)
-    if to == "hf":
-        return output, to_hugging_face(model, part, mask_ratio, output)
-    if to == "onnx":
-        return output, to_onnx(model, part, mask_ratio, output)
-    args = {"model": name, "input_size": list(model.patch_embed.img_size)}
-    if is_mae:
-        args["norm_pix_loss"] = model.norm_pix_loss
-    return output, to_safetensors(model, part, args, output)
+    args = _args_of(source)
+    prepared = preprocessing(model, args)
+    if to in ("timm", "hf") and not {"mean", "std"} <= prepared.keys():
+        raise UserError(
+            f"{source} has {prepared['input_size'][0]} channels and does not tell their mean and std, which {to} takes "
+            "with the weights: use --to safetensors"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if to == "timm":
+            return output, to_timm(model, name, prepared, output)
+        if to == "hf":
+            return output, to_hugging_face(model, part, mask_ratio, prepared, output)
+        if to == "onnx":
+            return output, to_onnx(model, part, mask_ratio, output)
+        if to in ("detectron2", "mmseg"):
+            return output, to_detector(model, to, output)
+        kept = {"model": name, "input_size": list(model.patch_embed.img_size)}
+        kept |= {key: list(prepared[key]) for key in ("mean", "std") if key in args and key in prepared}
+        if is_mae:
+            kept["norm_pix_loss"] = model.norm_pix_loss
+        return output, to_safetensors(model, part, kept, output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error}): name another place with --output") from error
+
+
+def _args_of(source: str) -> dict:
+    """The options that a checkpoint was trained with, {} where it does not tell."""
+    args = checkpoint.load(find(source)).get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args if isinstance(args, dict) else {}
 
 
 def main() -> None:
@@ -200,21 +280,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="a file, an https URL, or the name of a released file such as mae_visualize_vit_base")
-    add("--to", required=True, choices=["timm", "hf", "safetensors", "onnx"], help="format, see above")
+    add("--to", required=True, choices=list(ENDINGS), help="format, see above")
     add("--part", default="encoder", choices=["encoder", "full"],
         help="full: with the decoder; a classifier is always written whole (default: encoder)")  # fmt: skip
-    add(
-        "--output", type=Path, metavar="PATH", help="file, or folder for hf (default: named after the checkpoint, here)"
-    )
+    add("--output", type=Path, metavar="PATH",
+        help="file, or folder for hf (default: named after the checkpoint, here)")  # fmt: skip
     add("--model", default="", metavar="NAME", help="architecture (default: what the checkpoint tells)")
     add("--input_size", type=cli.positive, nargs="+", action=cli.SizeAction, metavar="PIXELS",
-        help="image side, or height and width (default: what the checkpoint tells)")  # fmt: skip
+        help="image side, or height and width (default: the checkpoint's)")  # fmt: skip
+    add("--patch", type=cli.positive, metavar="PIXELS",
+        help="patch side for detectron2 and mmseg, such as 16 for ViT-H/14 (default: the checkpoint's)")  # fmt: skip
     add("--mask_ratio", default=0.75, type=cli.mask_ratio,
         help="share of patches removed in hf and onnx with --part full (default: 0.75)")  # fmt: skip
     args = parser.parse_args()
     try:
         path, line = export(
-            args.checkpoint, args.to, args.part, args.output, args.model, args.input_size, args.mask_ratio
+            args.checkpoint, args.to, args.part, args.output, args.model, args.input_size, args.mask_ratio, args.patch
         )
     except UserError as error:
         exits.fail(error)

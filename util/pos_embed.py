@@ -4,6 +4,7 @@ Letters: D width, L patches (L = h * w), T prefix tokens (the class token).
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from util.errors import UserError
+from util.log import log
 
 
 def get_2d_sincos_pos_embed(embed_dim: int, grid_size: int | tuple[int, int], cls_token: bool = False) -> np.ndarray:
@@ -84,3 +86,24 @@ def interpolate_pos_embed(
     grid = patches.reshape(1, *source_grid, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=target_grid, mode="bicubic", align_corners=False)
     state_dict["pos_embed"] = torch.cat([prefix, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resample(model: nn.Module, img_size: int | tuple[int, int], patch_size: int) -> None:
+    """Change a model in place to images of `img_size` (a side, or height and width) and patches of `patch_size` pixels.
+
+    All positions by `interpolate_pos_embed`, the fixed ones too: so they stay in the range that the model was trained
+    on, which sines and cosines computed for a larger grid would leave. The kernel of the patch projection by timm's
+    `resample_patch_embed` (Beyer et al. 2023, FlexiViT, section 3.4).
+    """
+    embed, height_width = model.patch_embed, (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if (height_width, patch_size) == (tuple(embed.img_size), embed.patch_size[0]):
+        return
+    before, source_grid = f"{embed.img_size} pixels in patches of {embed.patch_size[0]}", tuple(embed.grid_size)
+    embed.set_input_size(img_size=height_width, patch_size=patch_size)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if (old := getattr(model, name, None)) is not None:
+            weights = {"pos_embed": old.detach()}
+            new_shape = SimpleNamespace(patch_embed=embed, pos_embed=torch.empty(1, 1 + embed.num_patches, 1))
+            interpolate_pos_embed(new_shape, weights, source_grid)
+            setattr(model, name, nn.Parameter(weights["pos_embed"], requires_grad=old.requires_grad))
+    log.info(f"resampled from {before} to {height_width} pixels in patches of {patch_size}")

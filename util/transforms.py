@@ -159,9 +159,13 @@ def eval_transform(size: Size) -> CentreCrop:
 
     A square crop resizes the shorter side; a rectangle resizes until the image covers it.
     """
-    height, width = _sides(size)
-    crop_share = 224 / 256 if max(height, width) <= 224 else 1.0
+    (height, width), crop_share = _sides(size), eval_crop_share(size)
     return CentreCrop((height, width), (int(height / crop_share), int(width / crop_share)))
+
+
+def eval_crop_share(size: Size) -> float:
+    """What of the resized side the crop takes in evaluation."""
+    return 224 / 256 if max(_sides(size)) <= 224 else 1.0
 
 
 def _sides(size: Size) -> tuple[int, int]:
