@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from helpers import project_log
 from PIL import Image
 
 from util import decode as decoding
@@ -203,7 +204,11 @@ SCALED = {
 @pytest.mark.parametrize("name", SCALED)
 def test_values_of_a_known_range_are_scaled_from_black_to_white(name):
     data, values = SCALED[name]
-    image = pixels(data)
+    decoding._tell.cache_clear()
+    with project_log() as lines:
+        image = pixels(data)
+        pixels(data)
+    assert len(lines) == (name != "white is 0, 8 bits") and all(" become 0 to 255" in line for line in lines)
     assert (image == image[:, :, :1]).all()
     assert np.abs(image[:, :, 0] - 255 * values).max() <= 0.5 + 1e-3
     assert np.array_equal(np.asarray(to_rgb(Image.open(io.BytesIO(data)))), image)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from util.errors import UserError, printable
+from util.log import log
 
 # Pillow warns that a palette's transparency gets lost in RGB, which is what the recipe wants; of images over half the
 # limit; and torchvision, in each call, that its decoders will go
@@ -127,18 +128,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if 2 in np.atleast_1d(tags.get(339, 1)):
         raise ValueError(f"mode {mode} of signed values: {_REMEDY}")
     if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
-        values = np.asarray(image).astype(np.float32) / (4095 if tags.get(258) == (12,) else 65535)
+        top = 4095 if tags.get(258) == (12,) else 65535
+        values = np.asarray(image).astype(np.float32) / top
     elif mode == "F":
-        values = np.asarray(image)
+        top, values = 1, np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # nor NaN
             raise ValueError(f"mode F, float values from {values.min():g} to {values.max():g}: {_REMEDY}")
     elif mode in ("I", "LAB"):
         raise ValueError(f"mode {mode}, {'CIE colours' if mode == 'LAB' else 'values of 32 bits or signed'}: {_REMEDY}")
     else:
         return image.convert("LA").convert("RGB") if mode == "La" else image.convert("RGB")
+    _tell(f"images of mode {mode}: values 0 to {top} become 0 to 255")
     if tags.get(262) == 0:  # 0 is white
         values = 1 - values
     return Image.fromarray(np.rint(255 * values).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+@functools.cache  # once a process
+def _tell(rule: str) -> None:
+    worker = torch.utils.data.get_worker_info()
+    if worker is None or worker.id == 0:
+        log.info(rule)
 
 
 _REMEDY = "save it with unsigned values of 8 or 16 bits, or as float32 scaled to 0 to 1"
