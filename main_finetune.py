@@ -11,7 +11,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
+from util import build, checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
 from util.dist import shutdown, wrap
 from util.errors import UserError
 from util.log import log
@@ -77,6 +77,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, or with --eval evaluate, as `args` says. Raises UserError for bad input before the first step."""
     env = begin(args)
+    if args.eval:  # model, size, classes and pooling are the file's
+        weights = build.take_options(args, get_args_parser(), probe=False)
 
     # data
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
@@ -112,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = autocast_dtype(args.amp, env.device)
     speed.choose_kernels(model, dtype, env.device)
     if args.eval:
-        checkpoint.resume_for_eval(args.resume, model)
+        checkpoint.load_strictly(model, weights, args.resume)
         evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
         datasets.report_bad(val_set)
         shutdown()

@@ -7,7 +7,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
+from util import build, checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
 from util.dist import shutdown, wrap
 from util.lars import LARS
 from util.log import log
@@ -33,6 +33,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     """Probe, or with --eval evaluate, as `args` says. Raises UserError for bad input before the first step."""
     env = begin(args)
+    if args.eval:  # model, size, classes and pooling are the file's
+        weights = build.take_options(args, get_args_parser(), probe=True)
 
     # data
     train_transform = None if args.eval else linprobe_transform(args.input_size, args.crop_min, args.hflip)
@@ -69,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = autocast_dtype(args.amp, env.device)
     speed.choose_kernels(model, dtype, env.device)
     if args.eval:
-        checkpoint.resume_for_eval(args.resume, model)
+        checkpoint.load_strictly(model, weights, args.resume)
         evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
         datasets.report_bad(val_set)
         shutdown()

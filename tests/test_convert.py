@@ -118,9 +118,9 @@ def test_a_query_without_its_key_is_refused(tmp_path):
 
 
 def test_other_weights_of_hugging_face_are_named(tmp_path):
-    weights = {**published_names(theirs()), "classifier.weight": torch.zeros(2)}
+    weights = {**published_names(theirs()), "adapter.weight": torch.zeros(2)}
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"1 unknown \['classifier.weight'\]"):
+    with pytest.raises(UserError, match=r"1 unknown \[adapter.weight\]"):
         checkpoint.load_full_mae(tmp_path / "pytorch_model.bin", ours())
 
 
@@ -181,14 +181,17 @@ def test_a_classifier_opens_with_its_head_and_pooling(tmp_path):
         torch.testing.assert_close(model(imgs), source.eval()(imgs))
 
 
-def test_a_file_that_does_not_tell_its_model_asks_for_it(tmp_path):
-    weights = models_mae.mae_vit_tiny_patch4().state_dict()
-    torch.save({"model": weights}, tmp_path / "mystery.pth")
-    with pytest.raises(UserError, match="mystery.pth does not tell.*--model"):
+def test_a_file_that_does_not_tell_its_model_is_known_by_its_shapes_or_asks_for_it(tmp_path):
+    source = models_mae.mae_vit_tiny_patch4()
+    torch.save({"model": source.state_dict()}, tmp_path / "known.pth")
+    for name in ("", "mae_vit_tiny_patch4"):
+        model = build.open_model(tmp_path / "known.pth", name)
+        assert_same(dict(model.state_dict()), dict(source.state_dict()))
+    with pytest.raises(UserError, match="--model 'nonsense' is not known"):
+        build.open_model(tmp_path / "known.pth", "nonsense")
+    torch.save({"model": ours().state_dict()}, tmp_path / "mystery.pth")  # a width that no model here has
+    with pytest.raises(UserError, match="mystery.pth does not tell.*width 24, 2 blocks, patches of 8.*--model"):
         build.open_model(tmp_path / "mystery.pth")
-    with pytest.raises(UserError, match="--model nonsense is not known"):
-        build.open_model(tmp_path / "mystery.pth", "nonsense")
-    assert_same(dict(build.open_model(tmp_path / "mystery.pth", "mae_vit_tiny_patch4").state_dict()), dict(weights))
 
 
 def test_an_encoder_alone_opens_only_as_one(tmp_path):

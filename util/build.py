@@ -1,6 +1,7 @@
 """From a checkpoint to its model: released files by name, and what a file tells about its own architecture."""
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,12 @@ from torch import nn
 
 import models_mae
 import models_vit
-from util import checkpoint, download
-from util.errors import UserError
+from util import checkpoint, convert, download, untrusted
+from util.checkpoint import is_decoder
+from util.errors import UserError, shown
+from util.log import log
+
+MAWS = "https://dl.fbaipublicfiles.com/maws/"  # MAE on 3 billion images (Singh et al. 2023, arXiv 2303.13496)
 
 
 @dataclass(frozen=True)
@@ -35,29 +40,119 @@ def _released() -> dict[str, Released]:
         add(f"mae_visualize_vit_{size}.pth", "visualize", f"mae_{model}")
         add(f"mae_finetuned_vit_{size}.pth", "finetune", model)
     add("mae_visualize_vit_large_ganloss.pth", "visualize", "mae_vit_large_patch16")
+    for name, model in (("b16", "base_patch16"), ("l16", "large_patch16"), ("h14", "huge_patch14")):
+        url = f"{MAWS}pretrain/mae/vit_{name}.pt"
+        files[f"vit_{name}.pt"] = Released(url, f"mae_vit_{model}")
     return files
 
 
 RELEASED = _released()
+MODELS = models_mae.MODELS | models_vit.MODELS
 
 
 def find(source: str | Path) -> str:
-    """The name of a released file, with or without .pth -> its URL; anything else as it is."""
-    name = str(source) if str(source).endswith(".pth") else f"{source}.pth"
-    return RELEASED[name].url if name in RELEASED and not Path(source).exists() else str(source)
+    """The name of a released file, with or without its ending -> its URL; anything else as it is."""
+    for name in (f"{source}{ending}" for ending in ("", ".pth", ".pt")):
+        if name in RELEASED and not Path(source).exists():
+            return RELEASED[name].url
+    return str(source)
 
 
-def told_by(state: dict, source: str | Path) -> dict:
-    """A loaded checkpoint and its name -> what is known of `model`, `input_size`, `norm_pix_loss`.
+def told_by(state: dict, source: str | Path) -> dict[str, object]:
+    """A loaded checkpoint and its name -> what is known of `model`, `input_size`, `norm_pix_loss`, `in_chans`, and of a
+    classifier `nb_classes` and `global_pool`.
 
-    Training checkpoints tell by their arguments, released files by their name; other files know nothing.
+    Training checkpoints tell by their arguments, released files by their name, all by their weights' shapes, of which
+    `state["model"]` must be under our names. Raises UserError where arguments and weights contradict one another.
     """
-    args = state.get("args") or {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if isinstance(args.get("model"), str):
-        return {name: args[name] for name in ("model", "input_size", "norm_pix_loss") if name in args}
-    released = RELEASED.get(Path(source).name)
-    return {"model": released.model, "norm_pix_loss": released.norm_pix_loss} if released else {}
+    weights, args = state["model"], untrusted.options_of(state)
+    told: dict[str, object] = {}
+    size, released = checkpoint.size_of(weights), RELEASED.get(Path(source).name)
+    short = checkpoint.known_as(*size) if size else ""
+    is_classifier = bool(checkpoint.n_classes(weights)) or "fc_norm.weight" in weights
+    if args.get("model") in (models_vit.MODELS if is_classifier else MODELS):
+        told["model"] = args["model"]
+    elif released:
+        told |= {"model": released.model, "norm_pix_loss": released.norm_pix_loss}
+    elif short:
+        told["model"] = f"vit_{short}" if is_classifier else f"mae_vit_{short}"
+    if "model" in told and args.get("model", told["model"]) != told["model"]:
+        log.info(f"{source}: its model {shown(args['model'])} is not known here: taken for {told['model']}")
+    if isinstance(args.get("norm_pix_loss"), bool):
+        told["norm_pix_loss"] = args["norm_pix_loss"]
+    if is_classifier:
+        told |= {"nb_classes": checkpoint.n_classes(weights), "global_pool": "fc_norm.weight" in weights}
+    if size:
+        told["in_chans"] = weights["patch_embed.proj.weight"].shape[1]
+    if size and (img_size := _image_size(weights, args, size[2], source)):
+        told["input_size"] = img_size
+    return told
+
+
+def _image_size(
+    weights: dict[str, torch.Tensor], args: dict, patch_size: int, source: str | Path
+) -> int | tuple[int, int] | None:
+    """The image side, or (height, width), in pixels: what the arguments tell, else a square; None where it is none."""
+    positions = weights.get("pos_embed")
+    if positions is None or positions.ndim != 3:
+        return None
+    n_patches, size = positions.shape[1] - 1, args.get("input_size")
+    if not size:
+        side = math.isqrt(max(n_patches, 0))
+        return side * patch_size if side * side == n_patches else None
+    height, width = (size, size) if isinstance(size, int) else size
+    if (height // patch_size) * (width // patch_size) != n_patches:
+        raise UserError(
+            f"{source} was trained with --input_size {shown(size)}, as its arguments have it, but has positions for "
+            f"{n_patches} patches of {patch_size} pixels: one of them is not its own"
+        )
+    return size if isinstance(size, int) else tuple(size)
+
+
+def take_options(args: argparse.Namespace, parser: argparse.ArgumentParser, probe: bool) -> convert.Weights:
+    """For --eval: load the classifier of --resume, and set model, size, classes and pooling in `args` to the file's.
+
+    Returns its weights, with a probe's head where `probe`, else a plain one. Raises UserError where the file is no
+    classifier, or an option that is away from the parser's default contradicts it.
+    """
+    if not args.resume:
+        raise UserError("--eval needs the classifier to evaluate: give its checkpoint with --resume")
+    state = checkpoint.load(args.resume)
+    weights = convert.to_our_names(state["model"], args.resume)
+    holds, told = checkpoint.describe(weights), told_by({**state, "model": weights}, args.resume)
+    if checkpoint.is_masked_autoencoder(weights) or told.get("nb_classes") == 0:
+        raise UserError(f"--eval needs a classifier, and {args.resume} holds {holds}. To start a classifier from it, "
+                        "give it as --finetune")  # fmt: skip
+    if probe and "head.weight" in weights:
+        raise UserError(f"{args.resume} holds {holds} and no linear probe: evaluate it by main_finetune.py --eval")
+    taken, right, wrong = [], [], []
+    for name in ("model", "input_size", "nb_classes", "global_pool"):
+        ours, theirs = getattr(args, name), told.get(name)
+        if theirs is None or _sides(ours) == _sides(theirs):
+            continue
+        if ours == parser.get_default(name):
+            taken.append(_as_option(name, theirs))
+        else:
+            right.append(_as_option(name, theirs))
+            wrong.append(_as_option(name, ours))
+        setattr(args, name, theirs)
+    if wrong:
+        raise UserError(f"{args.resume} holds {holds}, so it takes {' '.join(right)}: leave out {' '.join(wrong)}")
+    if taken:
+        log.info(f"{args.resume} holds {holds}: evaluated with {' '.join(taken)}")
+    return weights if probe else _with_plain_head(weights)
+
+
+def _as_option(name: str, value: object) -> str:
+    if name == "global_pool":
+        return "--global_pool" if value else "--cls_token"
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join([f"--{name}", *(str(value) for value in values)])
+
+
+def _sides(value: object) -> object:
+    """A square's side and (side, side) are one size."""
+    return value[0] if isinstance(value, list | tuple) and len(set(value)) == 1 else value
 
 
 def open_model(source: str | Path, model: str = "", **options) -> nn.Module:
@@ -83,30 +178,44 @@ def open_named(
     """
     place = find(source)
     state = checkpoint.load(place)
-    known = told_by(state, place)
-    weights, name = state["model"], model or known.get("model")
+    state = {**state, "model": convert.to_our_names(state["model"], source)}
+    known, weights = told_by(state, place), state["model"]
+    name = model or known.get("model")
     if not name:
-        raise UserError(f"{source} does not tell which model it is of: give --model, such as mae_vit_base_patch16")
-    if name not in models_mae.MODELS | models_vit.MODELS:
-        raise UserError(f"--model {name} is not known: use one of {', '.join(models_mae.MODELS | models_vit.MODELS)}")
-    size = input_size or known.get("input_size")
-    options = {"img_size": size if isinstance(size, int) else tuple(size)} if size else {}
-    if name in models_mae.MODELS:
-        norm_pix = known.get("norm_pix_loss", False) if norm_pix_loss is None else norm_pix_loss
-        network = models_mae.MODELS[name](norm_pix_loss=norm_pix, **options)
-        if encoder_only:
-            decoder = {key: value for key, value in network.state_dict().items() if is_decoder(key)}
-            checkpoint.load_strictly(network, {**decoder, **weights}, source)
-        else:
-            checkpoint.load_full_mae(place, network, state)
-        return name, network.eval()
-    weights = _with_plain_head(weights)
-    head = weights.get("head.weight")
-    classes = 0 if head is None else len(head)
-    network = models_vit.MODELS[name](num_classes=classes, global_pool="fc_norm.weight" in weights, **options)
-    checkpoint.load_strictly(network, weights, source)
-    network.classes = state.get("classes")  # their names, where the file has them
+        raise UserError(f"{source} does not tell which model it is of, but holds {checkpoint.describe(weights)}: give "
+                        "--model, such as mae_vit_base_patch16")  # fmt: skip
+    if name not in MODELS:
+        raise UserError(f"--model {shown(name)} is not known: use one of {', '.join(MODELS)}")
+    weights, is_mae = _with_plain_head(weights), name in models_mae.MODELS
+    options = {"in_chans": known["in_chans"]} if "in_chans" in known else {}
+    if size := input_size or known.get("input_size"):
+        options["img_size"] = size if isinstance(size, int) else tuple(size)
+    if is_mae:
+        options["norm_pix_loss"] = known.get("norm_pix_loss", False) if norm_pix_loss is None else norm_pix_loss
+    else:
+        options |= {"num_classes": checkpoint.n_classes(weights), "global_pool": "fc_norm.weight" in weights}
+    with torch.device("meta"):  # shapes that cost nothing: a small file must not make room for a large model
+        skeleton = MODELS[name](**options)
+    if is_mae and encoder_only and (heads := [key for key in weights if key.startswith("head.")]):
+        log.info(f"{source}: left out {len(heads)} weights of a head, such as {shown(heads[0])}")
+        weights = {key: value for key, value in weights.items() if key not in heads}
+    if is_mae and not encoder_only:
+        checkpoint.check_decoder(skeleton, weights, source)
+    elif input_size:
+        weights = checkpoint.with_positions(skeleton, weights, source, known.get("input_size"))
+    decoder = _decoder(skeleton) if encoder_only else {}
+    checkpoint.check_fit(skeleton, {**decoder, **weights}, source, whole=weights)
+    network = MODELS[name](**options)
+    decoder = _decoder(network) if encoder_only else {}
+    network.load_state_dict({**decoder, **weights})
+    names = state.get("classes")  # of the classes, where the file has them
+    named = isinstance(names, list) and all(isinstance(item, str) for item in names) and not is_mae
+    network.classes = names if named and len(names) == network.num_classes else None
     return name, network.eval()
+
+
+def _decoder(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in network.state_dict().items() if is_decoder(key)}
 
 
 def _with_plain_head(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -115,11 +224,9 @@ def _with_plain_head(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     if not all(name in weights for name in probe):
         return weights
     mean, var, weight, bias = (weights[name] for name in probe)
+    shapes = [tuple(tensor.shape) for tensor in (mean, var, bias)]
+    if weight.ndim != 2 or shapes != [weight.shape[1:], weight.shape[1:], weight.shape[:1]] or not (var >= 0).all():
+        return weights
     weight = weight / (var + models_vit.PROBE_EPS).sqrt()
     head = {"head.weight": weight, "head.bias": bias - weight @ mean}
     return {name: value for name, value in weights.items() if not name.startswith("head.")} | head
-
-
-def is_decoder(key: str) -> bool:
-    """Whether a weight of this name belongs to the decoder alone."""
-    return key == "mask_token" or key.startswith("decoder_")

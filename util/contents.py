@@ -1,63 +1,12 @@
-"""What a checkpoint holds, checked before it is used: a file from elsewhere may have anything under any key."""
+"""The training state of a checkpoint, checked before it is used: anything may stand under any key."""
 
-import argparse
 import copy
 from collections import Counter
-from pathlib import Path
 
 import torch
 
-from util.errors import UserError
-
-
-def check_state_dict(state: object, name: str | Path) -> None:
-    """Raise UserError unless `state` is a dict whose `model` maps names to tensors of ordinary kind."""
-    weights = state.get("model") if isinstance(state, dict) else None
-    if not isinstance(weights, dict):
-        what = f"a dict of {', '.join(map(repr, list(state)[:5])) or 'nothing'}" if isinstance(state, dict) else ""
-        raise UserError(
-            f"{name} is no checkpoint of this project: it has no state dict under the key 'model', but is "
-            f"{what[:200] or 'a ' + type(state).__name__}"
-        )
-    for key, value in weights.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise UserError(
-                f"{name} is no checkpoint of this project: {str(key)[:80]!r} under 'model' is a {type(value).__name__} "
-                "and no tensor"
-            )
-        ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
-        if not ordinary or value.is_quantized or value.device.type != "cpu":
-            raise UserError(
-                f"{name}: {key!r} is another kind of tensor ({value.layout}, {value.dtype}, {value.device}): save it "
-                "as an ordinary one"
-            )
-
-
-def options_of(state: dict) -> dict[str, object]:
-    """Checkpoint -> the options that it was trained with, plain values alone; {} where it tells none."""
-    args = state.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(args, dict):
-        return {}
-    plain = {name: value for name, value in args.items() if isinstance(name, str) and _is_plain(value)}
-    size = plain.get("input_size")
-    sides = list(size) if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(_is_count(side) and side > 0 for side in sides):
-        plain.pop("input_size", None)
-    return plain
-
-
-def _is_plain(value: object) -> bool:
-    """Lists within lists are nobody's option, and may be a thousand deep, or hold themselves."""
-    return all(map(_is_scalar, value)) if isinstance(value, list | tuple) else _is_scalar(value)
-
-
-def _is_scalar(value: object) -> bool:
-    return value is None or isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+from util.untrusted import is_count as _is_count
+from util.untrusted import options_of
 
 
 def check_training_state(

@@ -1,6 +1,10 @@
-"""Files that may be anything: read as data and never as code, with a message that says what else a file is."""
+"""Files that may be anything: read as data and never as code, with a message that says what else a file is; and what
+they hold, checked before it is used: anything may stand under any key.
+"""
 
 import argparse
+import math
+import mmap
 import os
 import re
 import zipfile
@@ -8,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from util.convert import read_safetensors
-from util.errors import UserError
+from util.convert import MOST_TENSORS, TOO_MANY, read_safetensors
+from util.errors import UserError, shown
+from util.log import log
 
 _BEGINNINGS = {
     b"\x89PNG": "a PNG image",
@@ -28,6 +33,8 @@ _BEGINNINGS = {
     b"<": "an HTML or XML page, probably an error message that was saved in place of the file: download it again",
     b"{": "a JSON text",
 }
+_MOST_PICKLED = 8 * 2**20  # bytes of names and plain values in a zip file: the largest checkpoints here have 1/10 of it
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9\x20j\xa8P\x19."  # how torch.save began its files before it wrote zips
 
@@ -54,8 +61,11 @@ def read(path: Path) -> object:
     elif what := _what_it_is(head):
         raise UserError(f"{path} is no checkpoint but {what}")
     try:
+        _refuse_memory_for_the_asking(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # garbage makes the reader raise whatever it likes
         raise UserError(f"{path} {_why_refused(error, head)}") from error
 
@@ -79,6 +89,14 @@ def _what_it_is(head: bytes) -> str:
     return f"a text that begins with {text[:30]!r}" if readable else ""
 
 
+def _refuse_memory_for_the_asking(path: Path) -> None:
+    """Raise UserError where a pickle names bytearray: torch allows it, and a few bytes can ask for terabytes of it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"\nbytearray\n") >= 0:
+            raise UserError(f"{path} was refused, and nothing of it was run: it refers to bytearray, and only tensors "
+                            "and plain values are taken. Save the state_dict() of the model alone")  # fmt: skip
+
+
 def _check_zip(path: Path) -> None:
     """Raise UserError unless `path` is a whole, undamaged zip file that torch.save wrote."""
     try:
@@ -87,6 +105,10 @@ def _check_zip(path: Path) -> None:
             names = [record.filename for record in records]
             if what := _what_zip_it_is(names):
                 raise UserError(f"{path} is no checkpoint but {what}")
+            # torch.save writes a record for each tensor, and all else, views of tensors too, into the pickle
+            pickled = max(record.file_size for record in records if record.filename.endswith("/data.pkl"))
+            if len(records) > MOST_TENSORS or pickled > _MOST_PICKLED:
+                raise UserError(f"{path} holds {len(records):,} tensors and {pickled:,} bytes of names: {TOO_MANY}")
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise UserError(f"{path} is compressed, which torch never does: save it again by torch.save")
             for record in records:
@@ -134,3 +156,73 @@ def _why_refused(error: Exception, head: bytes) -> str:
     reason = message.strip().split("\n")[0]
     reason = "" if "weights_only" in reason else f" ({reason[:200] or type(error).__name__})"
     return f"{refused} it is a torch file, but cut off, damaged or made by hand{reason}"
+
+
+# what a file holds
+
+
+def check_weights(weights: dict, name: str | Path, n_bytes: int) -> None:
+    """Raise UserError, naming a key, unless all values are ordinary tensors of finite numbers.
+
+    `n_bytes`: of the file. A tensor may repeat its numbers (stride 0), so that a few bytes stand for terabytes: what
+    all stand for must be of the file's order.
+    """
+    total, largest = 0, (0, "")
+    for key, value in weights.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{name} is no checkpoint of this project: {shown(key)} among its weights is "
+                            f"{shown(value)} and no tensor")  # fmt: skip
+        ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+        known = not value.is_floating_point() or value.dtype in _FLOATS
+        if not ordinary or value.is_quantized or value.device.type != "cpu" or not known:
+            raise UserError(
+                f"{name}: {shown(key)} is another kind of tensor ({value.layout}, {value.dtype}, {value.device}): "
+                "save it as an ordinary one of float32"
+            )
+        size = math.prod(value.shape) * value.element_size()
+        total, largest = total + size, max(largest, (size, key))
+    if total > 4 * n_bytes + 2**20:
+        raise UserError(
+            f"{name} ({n_bytes:,} bytes) stands for {total:,} bytes of weights, most of them in {shown(largest[1])}, "
+            "which repeats what is stored: save it by .contiguous()"
+        )
+    for key, value in weights.items():
+        # one pass and no copy: NaN is the least and the greatest of all that it is among
+        if value.is_floating_point() and value.numel():
+            least, greatest = (float(end) for end in torch.aminmax(value.detach()))
+            if not math.isfinite(least) or not math.isfinite(greatest):
+                what = "NaN" if math.isnan(least) else "Inf"
+                raise UserError(f"{name}: {shown(key)} holds {what}: the run that wrote it had gone wrong before. Take "
+                                "an earlier checkpoint, or another file")  # fmt: skip
+
+
+def options_of(state: dict) -> dict[str, object]:
+    """Checkpoint -> the options that it was trained with: numbers, text and flat lists; {} where it tells none.
+
+    `input_size` is left out where it is no side and no (height, width) in pixels.
+    """
+    args = state.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        return {}
+    plain = {name: value for name, value in args.items() if isinstance(name, str) and _is_plain(value)}
+    size = args.get("input_size")
+    sides = list(size) if isinstance(size, list | tuple) else [size, size]
+    if size is not None and (len(sides) != 2 or not all(is_count(side) and side > 0 for side in sides)):
+        log.warning(f"args of the checkpoint: input_size {shown(size)} is no size in pixels, and is not used")
+        plain.pop("input_size", None)
+    return plain
+
+
+def _is_plain(value: object) -> bool:
+    """Lists within lists are nobody's option, and may be a thousand deep, or hold themselves."""
+    return all(map(_is_scalar, value)) if isinstance(value, list | tuple) else _is_scalar(value)
+
+
+def _is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number from 0, and none that a machine cannot count to."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
