@@ -7,7 +7,10 @@ import io
 import json
 import pickle
 import re
+import resource
+import sys
 import tarfile
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -16,16 +19,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import ROOT, assert_same
+from helpers import ROOT, assert_same, project_log
 from PIL import Image
 from torch import nn
 
+import main_finetune
 from models_mae import MODELS as MAE_MODELS
 from models_mae import MaskedAutoencoderViT
 from models_vit import MODELS as VIT_MODELS
 from models_vit import VisionTransformer
-from util import checkpoint, contents
+from util import build, checkpoint, contents, convert, export, resume
 from util.checkpoint import describe
+from util.dist import Dist
 from util.errors import UserError
 from util.lars import LARS
 
@@ -266,6 +271,257 @@ def test_other_size_is_told_with_both(function, tmp_path):
     big, model = vit(embed_dim=24, depth=3, num_classes=7), vit(embed_dim=16, depth=2, num_classes=7)
     message = refused(function, tmp_path, state(big), model)
     assert "width 24, 3 blocks" in message and "width 16, 2 blocks" in message and "--model" in message
+
+
+# anything under any key, through every loader
+
+TINY = MAE_MODELS["mae_vit_tiny_patch4"]().state_dict()
+CLASSIFIER = VIT_MODELS["vit_tiny_patch4"](num_classes=3, global_pool=True).state_dict()
+NAMED = {"model": "mae_vit_tiny_patch4", "input_size": 32}
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def cyclic() -> list:
+    value: list = []
+    value.append(value)
+    return value
+
+
+def doubling(levels: int) -> list:
+    """2^levels lists within lists, in a file of a few bytes for each level."""
+    value: list = []
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def resumed(path: str, name: str) -> None:
+    models = MAE_MODELS if name.startswith("mae_") else VIT_MODELS
+    model = models[name](**({} if name.startswith("mae_") else {"num_classes": 3, "global_pool": True}))
+    args = main_finetune.get_args_parser().parse_args(["--resume", path, "--output_dir", "", "--input_size", "32"])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    resume.resume(Dist(torch.device("cpu")), args, model, torch.optim.AdamW(model.parameters()), scaler)
+
+
+def evaluated(path: str) -> None:
+    options = ["--eval", "--resume", path, "--input_size", "32", "--nb_classes", "3", "--model", "vit_tiny_patch4"]
+    parser = main_finetune.get_args_parser()
+    args = parser.parse_args(options)
+    weights = build.take_options(args, parser, probe=False)
+    sizes = {"img_size": args.input_size, "num_classes": args.nb_classes, "global_pool": args.global_pool}
+    checkpoint.load_strictly(VIT_MODELS[args.model](**sizes), weights, path)
+
+
+def exported(path: str) -> None:
+    Path(path).with_suffix(".safetensors").unlink(missing_ok=True)
+    export.export(path, "safetensors", output=Path(path).with_suffix(".safetensors"))
+
+
+MAE_LOADERS = {
+    "--resume": partial(resumed, name="mae_vit_tiny_patch4"),
+    "--finetune": lambda path: checkpoint.load_pretrained(path, VIT_MODELS["vit_tiny_patch4"](num_classes=3)),
+    "load_full_mae": lambda path: checkpoint.load_full_mae(path, MAE_MODELS["mae_vit_tiny_patch4"]()),
+    "open_model": build.open_model,
+    "open_model, encoder": partial(build.open_model, encoder_only=True),
+    "export": exported,
+}
+CLASSIFIER_LOADERS = {
+    "--resume": partial(resumed, name="vit_tiny_patch4"),
+    "--finetune": lambda path: checkpoint.load_pretrained(path, VIT_MODELS["vit_tiny_patch4"](global_pool=True)),
+    "--eval": evaluated,
+    "open_model": build.open_model,
+    "export": exported,
+}
+
+
+def plain_end(loader, state: object, tmp_path: Path) -> str:
+    """The message of a UserError, or "" where it loads; nothing else may come of a file, and little memory."""
+    path = tmp_path / "w.pth"
+    recursion = sys.getrecursionlimit()
+    sys.setrecursionlimit(10**5)  # to write it
+    try:
+        torch.save(state, path)
+    finally:
+        sys.setrecursionlimit(recursion)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    try:
+        loader(str(path))
+    except UserError as error:
+        assert str(path) in error.message and len(error.message) < 2000 and error.message.isprintable(), error.message
+        return error.message
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    return ""
+
+
+ODD_ARGS = {
+    "number": 5, "text": "x", "list": [1], "tensor": torch.zeros(3), "none": None, "names": {5: 6, None: 7},
+    "side as text": NAMED | {"input_size": "32"}, "side as float": NAMED | {"input_size": 32.0},
+    "side that is no number": NAMED | {"input_size": float("nan")}, "side as dict": NAMED | {"input_size": {"a": 1}},
+    "side of 30 digits": NAMED | {"input_size": 10**30}, "side of 500 digits": NAMED | {"input_size": 10**500},
+    "side below 0": NAMED | {"input_size": -32}, "three sides": NAMED | {"input_size": [3, 32, 32]},
+    "side as tensor": NAMED | {"input_size": torch.tensor(32)}, "side in a list": NAMED | {"input_size": [[32], 32]},
+    "deep": NAMED | {"seed": nested(3000)}, "deep side": NAMED | {"input_size": nested(3000)},
+    "cyclic": NAMED | {"seed": cyclic()}, "cyclic side": NAMED | {"input_size": cyclic()},
+    "doubling": NAMED | {"seed": doubling(60)}, "huge number": NAMED | {"lr": 10**400},
+    "namespace": argparse.Namespace(input_size="32", model=nested(3000)),
+    "long name": {"model": "x" * 10**6}, "name with escapes": {"model": "x\x1b[31m\nerror: y"}, "no name": {"model": 5},
+    "long text": NAMED | {"seed": "x" * 10**6}, "escapes": NAMED | {"seed": "\x1b[31m\n"}, "\x1b[31m": {"\x1b[31m": 5},
+}  # fmt: skip
+CONTRADICTING = {
+    "a million pixels": NAMED | {"input_size": 10**6}, "other grid": NAMED | {"input_size": [16, 32]},
+    "2^62 pixels": NAMED | {"input_size": 2**62}, "below a patch": NAMED | {"input_size": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_ARGS)
+def test_args_of_any_type_tell_nothing_and_hurt_nothing(name, tmp_path):
+    """Each by half of the loaders, in turn."""
+    turn = list(ODD_ARGS).index(name) % 2
+    for loader in list(MAE_LOADERS)[turn::2]:
+        with project_log() as lines:
+            assert not plain_end(MAE_LOADERS[loader], {"model": TINY, "args": ODD_ARGS[name]}, tmp_path), loader
+        assert all(len(line) < 2000 and line.isprintable() for line in lines)
+        if "side" in name and loader != "load_full_mae":
+            assert any("input_size" in line and "not used" in line for line in lines)
+
+
+@pytest.mark.parametrize("loader", ["--resume", "--finetune", "open_model", "export"])
+@pytest.mark.parametrize("name", CONTRADICTING)
+def test_a_size_that_the_positions_contradict_is_refused(name, loader, tmp_path):
+    assert "input_size" in plain_end(MAE_LOADERS[loader], {"model": TINY, "args": CONTRADICTING[name]}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mae_vit_huge_patch14", "vit_huge_patch14"])
+def test_a_small_file_makes_no_room_for_the_large_model_that_it_names(name, tmp_path):
+    assert "does not fit" in plain_end(build.open_model, {"model": TINY, "args": {"model": name}}, tmp_path)
+
+
+def expanded(*shape: int) -> torch.Tensor:
+    return torch.zeros(1).expand(*shape)
+
+
+ODD_TENSORS = {
+    "0-d": torch.zeros(()), "empty": torch.zeros(0), "no width": torch.zeros(1, 0, 0), "1-d": torch.zeros(64),
+    "terabytes": expanded(10**6, 10**6), "terabytes of positions": expanded(1, 10**11, 64),
+    "many dimensions": torch.zeros((1,) * 60), "meta": torch.zeros(1, 65, 64, device="meta"),
+    "sparse": torch.ones(1, 65, 64).to_sparse(), "csr": torch.eye(3).to_sparse_csr(),
+    "complex": torch.zeros(1, 65, 64, dtype=torch.complex64), "whole": torch.zeros(1, 65, 64, dtype=torch.int64),
+    "bool": torch.zeros(1, 65, 64, dtype=torch.bool), "float8": torch.zeros(1, 65, 64).to(torch.float8_e4m3fn),
+    "quantized": torch.quantize_per_tensor(torch.zeros(1, 65, 64), 0.1, 0, torch.quint8),
+    "number": 5, "huge number": 10**500, "text": "x" * 10**6, "deep": nested(3000), "cyclic": cyclic(), "none": None,
+    "NaN": torch.full((1, 65, 64), float("nan")), "one Inf": torch.tensor([[[1.0] * 64] * 64 + [[-float("inf")] * 64]]),
+}  # fmt: skip
+VICTIMS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight")
+
+
+def in_layouts(weights: dict, victim: str, value: object) -> dict[str, dict]:
+    """One file as each project writes it, with another value at one place."""
+    theirs = convert.to_hugging_face({key: tensor for key, tensor in weights.items() if not key.startswith("fc_norm")})
+    names = {"cls_token": "vit.embeddings.cls_token", "pos_embed": "vit.embeddings.position_embeddings",
+             "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
+             "blocks.1.attn.qkv.weight": "vit.encoder.layer.1.attention.attention.key.weight"}  # fmt: skip
+    changed = {**weights, victim: value}
+    return {
+        "ours": {"model": changed, "args": NAMED},
+        "timm": changed,
+        "Hugging Face": {**theirs, names[victim]: value},
+        "Lightning": {"state_dict": {f"net.{key}": tensor for key, tensor in changed.items()}},
+    }
+
+
+@pytest.mark.parametrize("layout", ["ours", "timm", "Hugging Face", "Lightning"])
+@pytest.mark.parametrize("name", ODD_TENSORS)
+@pytest.mark.filterwarnings("ignore")
+def test_odd_tensors_are_refused_in_every_layout_by_every_loader(name, layout, tmp_path):
+    for number, victim in enumerate(VICTIMS):
+        loaders = list((MAE_LOADERS if number % 2 else CLASSIFIER_LOADERS).values())
+        loader = loaders[(number + len(name)) % len(loaders)]
+        weights = TINY if number % 2 else CLASSIFIER
+        assert plain_end(loader, in_layouts(weights, victim, ODD_TENSORS[name])[layout], tmp_path), victim
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_one_number_that_is_not_finite_is_named_by_every_loader(value, dtype, tmp_path):
+    for loaders, weights, key in (
+        (MAE_LOADERS, TINY, "blocks.2.mlp.fc1.weight"), (CLASSIFIER_LOADERS, CLASSIFIER, "head.weight"),
+    ):  # fmt: skip
+        bad = weights[key].to(dtype).clone()
+        bad.view(-1)[-2] = value
+        for name, loader in loaders.items():
+            message = plain_end(loader, {"model": {**weights, key: bad}}, tmp_path)
+            assert f"'{key}' holds {'NaN' if value != value else 'Inf'}" in message, name
+
+
+ODD_KEYS = {
+    "number": 5, "none": None, "tuple": (1, 2), "long": "x" * 10**6, "escapes": "\x1b[31m\nerror: \x07",
+    "surrogate": "\ud800", "long prefix": "x." * 10**5 + "cls_token", "empty": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loader", CLASSIFIER_LOADERS)
+@pytest.mark.parametrize("name", ODD_KEYS)
+def test_odd_keys_are_refused(name, loader, tmp_path):
+    weights = {**CLASSIFIER, ODD_KEYS[name]: torch.zeros(1)}
+    assert plain_end(CLASSIFIER_LOADERS[loader], {"model": weights}, tmp_path)
+    foreign = {"state_dict": {"x" if key == "cls_token" else key: value for key, value in weights.items()}}
+    assert plain_end(CLASSIFIER_LOADERS[loader], foreign, tmp_path)
+
+
+NO_STATES = [nested(3000), cyclic(), {"a": nested(3000)}, {"x" * 10**6: 1}, {5: {}}, 10**500, "x", {"\x1b[31m": 1}]
+
+
+@pytest.mark.parametrize("state", NO_STATES, ids=range(len(NO_STATES)))
+def test_what_is_no_state_dict_is_told_in_a_line(state, tmp_path):
+    assert "no state dict" in plain_end(checkpoint.load, state, tmp_path)
+
+
+def test_a_hundred_thousand_keys_are_answered_within_seconds(tmp_path):
+    """As many names of one tensor; in a zip file and in safetensors the number is known before they are read."""
+    many = {f"blocks.{i}.weight": torch.zeros(0) for i in range(100_000)}
+    torch.save({"model": dict.fromkeys(many, torch.zeros(1))}, tmp_path / "views.pth")
+    safetensors.torch.save_file(many, tmp_path / "many.safetensors")
+    for path in tmp_path.iterdir():
+        start = time.process_time()
+        with pytest.raises(UserError) as error:
+            checkpoint.load_pretrained(path, VIT_MODELS["vit_tiny_patch4"](num_classes=3))
+        assert time.process_time() - start < 10 and len(error.value.message) < 2000
+
+
+HEADERS = ["[" * 10**5, '{"input_size": ' + "9" * 10**5 + "}", "{", "5", '{"model": "\\u001b"}', '{"input_size": NaN}']
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+def test_the_header_of_safetensors_may_hold_anything(header, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(safetensors.torch.save(TINY, {"args": header}))
+    with project_log() as lines:
+        model = build.open_model(path)
+    assert_same(dict(model.state_dict()), TINY)
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_pickle_may_not_ask_for_memory(tmp_path):
+    """torch lets a file of 100 bytes call bytearray(10**12)."""
+    content = (
+        b"\x80\x02}X\x05\0\0\0modelc__builtin__\nbytearray\n\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85Rs."
+    )
+    path = tmp_path / "w.pth"
+    path.write_bytes(archive(**{"m/data.pkl": content, "m/version": b"3\n", "m/byteorder": b"little"}))
+    with pytest.raises(UserError, match="it refers to bytearray"):
+        checkpoint.load(path)
+    path.write_bytes(LEGACY + b"\nbytearray\n")
+    with pytest.raises(UserError, match="it refers to bytearray"):
+        checkpoint.load(path)
 
 
 # training state

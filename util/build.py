@@ -194,8 +194,11 @@ def open_named(
         options["norm_pix_loss"] = known.get("norm_pix_loss", False) if norm_pix_loss is None else norm_pix_loss
     else:
         options |= {"num_classes": checkpoint.n_classes(weights), "global_pool": "fc_norm.weight" in weights}
-    with torch.device("meta"):  # shapes that cost nothing: a small file must not make room for a large model
-        skeleton = MODELS[name](**options)
+    try:
+        with torch.device("meta"):  # shapes that cost nothing: a small file must not make room for a large model
+            skeleton = MODELS[name](**options)
+    except UserError as error:
+        raise UserError(f"{source} does not fit {name}: {error.message}") from error
     if is_mae and encoder_only and (heads := [key for key in weights if key.startswith("head.")]):
         log.info(f"{source}: left out {len(heads)} weights of a head, such as {shown(heads[0])}")
         weights = {key: value for key, value in weights.items() if key not in heads}

@@ -172,7 +172,10 @@ def to_our_names(weights: Weights, name: str | Path) -> Weights:
         first, inner = ({there: here for here, there in names.items()} for names in (_MM_FIRST, _MM_INNER))
         return {_replaced(old, first, inner): tensor for old, tensor in weights.items()}
     if any(_published(old) == _WHOLE["cls_token"] for old in weights):
-        return from_hugging_face(weights)
+        try:
+            return from_hugging_face(weights)
+        except UserError as error:
+            raise UserError(f"{name}: {error.message}") from error
     return weights
 
 

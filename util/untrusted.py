@@ -33,7 +33,7 @@ _BEGINNINGS = {
     b"<": "an HTML or XML page, probably an error message that was saved in place of the file: download it again",
     b"{": "a JSON text",
 }
-_MOST_PICKLED = 8 * 2**20  # bytes of names and plain values in a zip file: the largest checkpoints here have 1/10 of it
+_MOST_PICKLED = 4 * 2**20  # bytes of names and plain values in a zip file: the largest checkpoints here have a tenth
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9\x20j\xa8P\x19."  # how torch.save began its files before it wrote zips
