@@ -1,5 +1,8 @@
 """The demo's page: its functions, and the page itself in a real headless Chromium, as a Space would run it."""
 
+import io
+import itertools
+import json
 import os
 import re
 import shutil
@@ -8,7 +11,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 import zlib
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +23,14 @@ from helpers import ROOT
 from PIL import Image
 
 import models_mae
+from util.errors import UserError
+from util.visualize import from_images, mask_noise, reconstruct
 from util.visualize import from_images, mask_noise, reconstruct
 
 gr = pytest.importorskip("gradio")
+httpx = pytest.importorskip("httpx")  # comes with gradio
 
-from demo import app  # noqa: E402
+from demo import app, drawing, handlers, uploads  # noqa: E402
 
 
 def saved(folder, name, **options):
@@ -43,55 +52,105 @@ def picture(seed=0, size=(60, 40)):
 
 
 def test_a_drawing_depends_on_what_it_is_given_and_is_that_of_the_module(tmp_path):
-    source = saved(tmp_path, "a.pth", img_size=(16, 32))
-    removed = app.random_mask(source, 0.75, 3)
-    assert sum(removed) == 24 and removed != app.random_mask(source, 0.75, 4)
-    first = app.draw(source, picture(0), removed, "neighbours")
-    app.draw(source, picture(1), app.random_mask(source, 0.5, 1), "neighbours")  # another visitor
-    second = app.draw(source, picture(0), removed, "neighbours")
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(first[:4], second[:4], strict=True))
-    model = app.model_of(source)
+    model = drawing.opened(saved(tmp_path, "a.pth", img_size=(16, 32))).model
+    removed = drawing.random_mask(model, 75, 3)
+    assert sum(removed) == 24 and removed != drawing.random_mask(model, 75, 4)
+    first = drawing.draw(model, picture(0), removed)
+    drawing.draw(model, picture(1), drawing.random_mask(model, 50, 1))  # another visitor
+    assert drawing.draw(model, picture(0), removed) == first
     ratio, noise = mask_noise(torch.tensor([removed]))
     expected = reconstruct(model, from_images([picture(0)], (16, 32)), ratio, noise)
-    assert f"Loss {expected.loss:.4f}** over 24 hidden of 32 patches" in first[4]
-    assert first[3].size == (896, 448)
-    small = np.asarray(first[3].resize((32, 16), Image.Resampling.NEAREST)) / 255
-    np.testing.assert_allclose(small, expected.pasted[0].permute(1, 2, 0).numpy(), atol=1 / 255)
+    assert (first.loss, first.statistics) == (expected.loss, "")
+    pasted = np.asarray(first.pasted) / 255
+    np.testing.assert_allclose(pasted, expected.pasted[0].permute(1, 2, 0).numpy(), atol=1 / 255)
+    # what is hidden in full, the rest dimmed
+    predicted = np.asarray(first.predicted)
+    hidden = np.kron(np.array(removed).reshape(4, 8), np.ones((4, 4))) > 0
+    assert (predicted[..., 3][hidden] == 255).all() and (predicted[..., 3][~hidden] < 64).all()
+    assert (predicted[hidden][:, :3] == np.asarray(first.pasted)[hidden]).all()
+
+
+def test_every_share_from_1_to_99_percent_leaves_something_to_see_and_to_predict(tmp_path):
+    model = drawing.opened(saved(tmp_path, "a.pth")).model
+    for percent in (1, 2, 50, 75, 98, 99):
+        count = sum(drawing.random_mask(model, percent, 0))
+        assert 1 <= count <= 63 and abs(count - percent / 100 * 64) <= 1
+
+
+@pytest.mark.parametrize("grids", [((8, 8), (8, 8)), ((4, 8), (8, 8)), ((12, 12), (8, 4)), ((2, 3), (7, 5))])
+def test_the_model_beside_hides_the_same_places(grids):
+    (rows, columns), fine = grids
+    removed = (np.random.default_rng(0).random(grids[0]) < 0.5).ravel().tolist()
+    model = SimpleNamespace(patch_embed=SimpleNamespace(grid_size=fine))
+    places = itertools.product(range(fine[0]), range(fine[1]))
+    centres = [((row + 0.5) / fine[0], (column + 0.5) / fine[1]) for row, column in places]
+    expected = [removed[int(y * rows) * columns + int(x * columns)] for y, x in centres]
+    assert drawing.fitted_mask(removed, grids[0], model) == expected
+
+
+def test_an_animation_moves_through_its_drawings(tmp_path):
+    source = saved(tmp_path, "a.pth")
+    do = handlers.Handlers({"a": source}, {"photographs": [picture()]})
+    visit = do.choose(None, "a", handlers.NOTHING, 75, 0)
+    for way, count in (("ratio", len(handlers.RATIOS)), ("seed", handlers.SEEDS)):
+        html = do.gif(visit, way, 75, 0)
+        assert 'download="' in html
+        gif = Image.open(io.BytesIO(decoded(re.search(r'src="([^"]+)"', html)[1])))
+        frames = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            frames.append(gif.convert("RGB").tobytes())
+        assert len(frames) == count == len(set(frames))
 
 
 def test_a_model_of_normalised_pixels_says_whose_statistics_it_shows(tmp_path):
-    source = saved(tmp_path, "n.pth", norm_pix_loss=True)
-    removed = app.random_mask(source, 0.75, 0)
-    drawn = {choice: app.draw(source, picture(), removed, choice) for choice in app.STATISTICS.values()}
-    assert "visible neighbours" in drawn["neighbours"][4] and "Uses the answer" in drawn["answer"][4]
-    assert drawn["neighbours"][2].tobytes() != drawn["answer"][2].tobytes()
+    do = handlers.Handlers({"n": saved(tmp_path, "n.pth", norm_pix_loss=True)}, {"photographs": [picture()]})
+    visit = do.choose(None, "n", handlers.NOTHING, 75, 0)
+    shown = {choice: do.board(replace(visit, statistics=choice)) for choice in handlers.STATISTICS.values()}
+    assert "visible neighbours" in shown["neighbours"] and "Uses the answer" in shown["answer"]
+    predicted = [re.search(r'id=reconstructed.*?src="([^"]+)"', html)[1] for html in shown.values()]
+    assert predicted[0] != predicted[1]
 
 
-@pytest.mark.parametrize("size", [32, (16, 48)])
-def test_a_click_anywhere_in_a_patch_hides_or_shows_that_patch(tmp_path, size):
-    source = saved(tmp_path, "c.pth", img_size=size)
-    rows, columns = app.model_of(source).patch_embed.grid_size
-    width, height = 56 * columns, 56 * rows
-    removed = app.random_mask(source, 0.5, 0)
-    for row, column in np.ndindex(rows, columns):
-        for x, y in ((0, 0), (55.9, 55.9)):
-            after = app.toggle(source, removed, 56 * column + x, 56 * row + y, width, height)
-            changed = [i for i, (a, b) in enumerate(zip(removed, after, strict=True)) if a != b]
-            assert changed == [row * columns + column]
-    assert len(app.toggle(source, removed, width, height, width, height)) == len(removed), "on the very edge"
+def test_the_page_says_what_a_model_was_trained_on_and_shows_such_pictures(tmp_path):
+    choices, pictures = {}, {"photographs": [picture(0)], "emoji": [picture(1)], "digits": [picture(2)]}
+    for name in ("emoji", "digits", "<b>cats</b>"):
+        path = saved(tmp_path, f"{len(choices)}.pth")
+        state = torch.load(path, weights_only=True)
+        state["args"]["data_path"] = f"/somewhere/secret/{name}"
+        torch.save(state, path)
+        choices[name] = path
+    choices["unknown"] = saved(tmp_path, "u.pth")
+    do = handlers.Handlers(choices, pictures)
+    for name, words, kind in (
+        ("emoji", "OpenMoji", "emoji"), ("digits", "handwritten digits", "digits"),
+        ("<b>cats</b>", "the folder <q>b&gt;</q>", "photographs"), ("unknown", "does not tell", "photographs"),
+    ):  # fmt: skip
+        visit = do.choose(None, name, handlers.NOTHING, 75, 0)
+        assert words in do.about(visit) and "secret" not in do.about(visit)
+        assert (visit.kind, visit.image) == (kind, pictures[kind][0])
+        assert ("nothing but" in do.board(replace(visit, kind="own"))) == (name in ("emoji", "digits"))
+    assert drawing.RELEASED["ViT-L, pixels + GAN"] == "mae_visualize_vit_large_ganloss"
 
 
-def test_impossible_wishes_get_a_note(tmp_path):
-    source = saved(tmp_path, "a.pth")
-    with pytest.raises(gr.Error, match="drop a picture first"):
-        app.draw(source, None, app.random_mask(source, 0.5, 0), "neighbours")
-    for removed in ([True] * 64, [False] * 64):
-        with pytest.raises(gr.Error, match="Leave at least one patch to see, and hide at least one"):
-            app.draw(source, picture(), removed, "neighbours")
+def test_impossible_wishes_get_words(tmp_path):
     weights = {"patch_embed.proj.weight": torch.zeros(1), "cls_token": torch.zeros(1)}
     torch.save({"model": weights, "args": {"model": "mae_vit_tiny_patch4"}}, tmp_path / "encoder.pth")
-    with pytest.raises(gr.Error, match="cannot reconstruct.*mae_visualize_vit"):
-        app.model_of(str(tmp_path / "encoder.pth"))
+    do = handlers.Handlers(
+        {"a": saved(tmp_path, "a.pth"), "encoder": str(tmp_path / "encoder.pth")}, {"photographs": [picture()]}
+    )
+    for text in ("1" * 64, "0" * 64):
+        with pytest.raises(gr.Error, match="Leave at least one patch to see, and hide at least one"):
+            handlers.mask_of(text, 64)
+    with pytest.raises(UserError, match="cannot reconstruct.*mae_visualize_vit"):
+        do.choose(None, "encoder", handlers.NOTHING, 75, 0)
+    with pytest.raises(gr.Error, match="reload the page first"):
+        do.check(None)
+
+
+def decoded(url):
+    """The bytes of a data URL."""
+    return urllib.request.urlopen(url).read()
 
 
 def png_of(width: int, height: int, path) -> None:
@@ -108,18 +167,18 @@ def test_broken_and_huge_uploads_get_a_friendly_note(tmp_path):
     for content in (b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"0" * 50, b"<svg/>"):
         path.write_bytes(content)
         with pytest.raises(gr.Error, match="cannot be read as a picture"):
-            app.open_upload(path)
+            uploads.open_picture(path)
     picture().save(path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(gr.Error, match="cannot be read as a picture"):
-        app.open_upload(path)
+        uploads.open_picture(path)
     png_of(10_000, 8_000, path)
     start = time.perf_counter()
     with pytest.raises(gr.Error, match="80 megapixels"):
-        app.open_upload(path)
+        uploads.open_picture(path)
     png_of(100_000, 100_000, path)
     with pytest.raises(gr.Error, match="far too large"):
-        app.open_upload(path)
+        uploads.open_picture(path)
     assert time.perf_counter() - start < 1, "without decoding"
 
 
@@ -128,15 +187,15 @@ def test_pictures_of_every_kind_are_welcome(tmp_path, mode):
     ending = {"CMYK": "jpg"}.get(mode, "png")
     image = picture(size=(2000, 50)).convert("L" if mode == "I;16" else mode).convert(mode)
     image.save(tmp_path / f"a.{ending}")
-    opened = app.open_upload(tmp_path / f"a.{ending}")
-    assert opened.mode == "RGB" and opened.size[0] <= 1024
+    opened = uploads.open_picture(tmp_path / f"a.{ending}")
+    assert opened.mode == "RGB" and opened.size[0] <= uploads.SIDE
 
 
 def test_a_photograph_is_turned_as_the_camera_was(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(size=(60, 40)).save(tmp_path / "a.jpg", exif=exif)
-    assert app.open_upload(tmp_path / "a.jpg").size == (40, 60)
+    assert uploads.open_picture(tmp_path / "a.jpg").size == (40, 60)
 
 
 def test_checkpoints_given_come_before_the_environment_s_and_the_demo_s(tmp_path, monkeypatch):
@@ -164,16 +223,16 @@ def test_without_weights_the_server_does_not_start(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_a_base_model_answers_in_two_seconds_on_two_cores(monkeypatch):
+def test_a_base_model_answers_in_two_seconds_on_two_cores():
     model = models_mae.mae_vit_base_patch16().eval()  # random: nobody looks at it
-    monkeypatch.setattr(app, "_opened", lambda source: model)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
     try:
         seconds = []
         for seed in range(3):
             start = time.perf_counter()
-            app.draw("base", picture(size=(1024, 768)), app.random_mask("base", 0.75, seed), "neighbours")
+            removed = drawing.random_mask(model, 75, seed)
+            drawing.row_of(drawing.draw(model, picture(size=(1024, 768)), removed), removed, (14, 14))
             seconds.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
@@ -197,18 +256,30 @@ def test_the_header_is_that_of_a_space_of_this_app():
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Where the page is served, from a folder that has what the README copies into a Space and nothing else."""
-    space = tmp_path_factory.mktemp("space")
+def space(tmp_path_factory):
+    """A folder that has what the README copies into a Space and nothing else, and two checkpoints."""
+    space = tmp_path_factory.mktemp("space").rename(tmp_path_factory.getbasetemp() / "space")
     commands = re.search(r"```bash\n(cp -r demo .*?)```", (ROOT / "demo" / "README.md").read_text(), re.S)[1]
     subprocess.run(["bash", "-ec", commands.replace("space/", f"{space}/")], cwd=ROOT, check=True)
-    shutil.rmtree(space / "demo" / "output", ignore_errors=True)
-    checkpoints = [saved(space, "pixels.pth"), saved(space, "normalised.pth", norm_pix_loss=True)]
+    for folder in (space / "demo").glob("output*"):
+        shutil.rmtree(folder)
+    saved(space, "pixels.pth")
+    saved(space, "normalised.pth", norm_pix_loss=True)
+    return space
+
+
+@pytest.fixture(scope="module")
+def address(space):
+    """Where the page is served."""
+    checkpoints = [str(space / "pixels.pth"), str(space / "normalised.pth")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, space_header()["app_file"], *checkpoints, "--port", str(port)]
-    quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(space / "tmp")}
+    quiet = {
+        "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(space / "tmp"),
+        "TORCH_HOME": str(space / "torch"), "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1",
+    }  # fmt: skip
     with (space / "log.txt").open("w") as log:
         server = subprocess.Popen(command, cwd=space, env={**os.environ, **quiet}, stdout=log, stderr=log)
         try:
@@ -237,6 +308,185 @@ def browser():
         browser.close()
 
 
+# what anybody may send
+
+
+class Caller:
+    """A program that talks to the page as its own scripts do."""
+
+    def __init__(self, address):
+        self.address, self.session, self.http = address, uuid.uuid4().hex, httpx.Client(timeout=60)
+        config = self.http.get(f"{address}/config").json()
+        self.functions = {entry["api_name"]: entry for entry in config["dependencies"]}
+        self.valid = {
+            "start": [None, "pixels (space)", handlers.NOTHING, 75, 0], "mask_again": [None, 75, 0],
+            "next_mask": [None, 75, 0], "paint": [None], "pick": [None], "new_image": [None, None],
+            "another_source": [None, "answer"], "animate_ratio": [None, 75, 0], "animate_seed": [None, 75, 0],
+        }  # fmt: skip
+        self.valid["start_1"] = self.valid["start_2"] = self.valid["start"]
+
+    def __call__(self, name, data=None, event=None):
+        """-> (whether it succeeded, what was answered, as text)."""
+        body = {
+            "data": self.valid[name] if data is None else data, "fn_index": self.functions[name]["id"],
+            "session_hash": self.session, "event_data": event,
+        }  # fmt: skip
+        joined = self.http.post(f"{self.address}/gradio_api/queue/join", json=body)
+        if joined.status_code != 200:
+            return False, joined.text
+        where = {"session_hash": self.session}
+        with self.http.stream("GET", f"{self.address}/gradio_api/queue/data", params=where) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data:") and (told := json.loads(line[5:]))["msg"] == "process_completed":
+                    return told["success"], json.dumps(told["output"])
+        raise AssertionError("no answer")
+
+    def upload(self, content, name="a.png"):
+        return self.http.post(f"{self.address}/gradio_api/upload", files={"files": (name, content)})
+
+
+@pytest.fixture
+def caller(address):
+    caller = Caller(address)
+    assert caller("start")[0]
+    return caller
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def places(space):
+    """Where no visitor may have a picture from: (what an event could name, the folder that uploads lie in)."""
+    folder = space / "tmp"
+    secret = space / "secret.png"
+    secret.write_bytes(png(picture(9)))
+    inside = folder / "planted"
+    inside.mkdir(parents=True, exist_ok=True)
+    for name in ("link.png", "fifo.png", "folder", "up"):
+        (inside / name).unlink(missing_ok=True) if name != "folder" else (inside / name).mkdir(exist_ok=True)
+    (inside / "link.png").symlink_to(secret)
+    (inside / "up").symlink_to(space)
+    os.mkfifo(inside / "fifo.png")
+    return {
+        "absolute": secret, "parents": f"{folder}/../secret.png", "link": inside / "link.png",
+        "link to a folder": inside / "up" / "secret.png", "fifo": inside / "fifo.png", "folder": inside / "folder",
+        "the upload folder": folder, "device": "/dev/zero", "terminal": "/dev/tty", "proc": "/proc/self/environ",
+        "nothing": "", "missing": folder / "a" / "b.png", "sibling": f"{folder}-other/secret.png", 
+        "nul": f"{secret}\0.png",
+        "long": "a/" * 50_000, "relative": "secret.png", "web": "http://127.0.0.1:9/a.png", "url": f"file://{secret}",
+        "number": 7, "none": None, "list": [str(secret)], "dict": {"path": str(secret)},
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_upload_event_reads_nothing_but_uploads(space, caller):
+    for what, path in places(space).items():
+        path = os.fspath(path) if isinstance(path, os.PathLike) else path
+        for more in ({}, {"meta": {"_type": "gradio.FileData"}}, {"url": path}, {"is_stream": True}):
+            ok, answer = caller("new_image", [None, {"path": path, **more}])
+            assert not ok and json.loads(answer)["error"], (what, more, answer)
+            assert str(space) not in answer, (what, more)
+    assert (space / "secret.png").exists()
+    for value in (None, "secret.png", 7, [], {}, {"url": "data:image/png;base64,AAAA"}, True):
+        ok, answer = caller("new_image", [None, value])
+        assert not ok and json.loads(answer)["error"]
+    assert "Traceback" not in (space / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_an_upload_is_shown_and_then_gone(space, caller):
+    for kind in ("png", "jpeg", "webp", "gif", "bmp"):
+        file = io.BytesIO()
+        picture(3).save(file, kind)
+        path = caller.upload(file.getvalue(), f"a.{kind}").json()[0]
+        ok, answer = caller("new_image", [None, {"path": path, "meta": {"_type": "gradio.FileData"}}])
+        assert ok and "data:image/png" in answer and str(space) not in answer
+        assert not os.path.exists(path)
+    for kind in ("tiff", "ppm", "eps", "ico"):  # pictures, but of formats that nobody needs here
+        file = io.BytesIO()
+        picture(3, (16, 16)).save(file, kind)
+        path = caller.upload(file.getvalue(), f"a.{kind}").json()[0]
+        ok, answer = caller("new_image", [None, {"path": path, "meta": {"_type": "gradio.FileData"}}])
+        assert not ok and "cannot be read as a picture" in answer
+        assert not os.path.exists(path)
+
+
+@pytest.mark.slow
+def test_uploads_of_all_visitors_together_have_a_limit(space, caller):
+    full = space / "tmp" / "of_others"
+    with full.open("wb") as file:
+        file.truncate((uploads.TOTAL_MEGABYTES - 10) * 2**20)  # sparse
+    refused = caller.upload(png(picture()))
+    full.unlink()
+    assert refused.status_code == 507 and "try again" in refused.text
+    assert caller.upload(png(picture())).status_code == 200
+    assert caller.upload(bytes(uploads.MAX_BODY)).status_code == 413
+    many = [("files", ("a.png", b"x"))] * 2
+    assert caller.http.post(f"{caller.address}/gradio_api/upload", files=many).status_code == 413
+    assert not caller("paint", event={"mask": "01" * 2**20})[0]
+
+
+BAD = [
+    None, True, False, [], {}, "", "x", "75", "../../etc/passwd", -1, 0.5, 1e308, -(10**30), 10**400, [75],
+    {"value": 75},
+    "encoder.pth", "mae_pretrain_vit_base", {"__type__": "update", "choices": ["x"]}, "\x1b[31m\0", "y" * 5000,
+    {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, [["deep"] * 20] * 20,
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["start", "start_1", "mask_again", "next_mask", "new_image", "another_source", "animate_seed"]
+)
+def test_a_bad_value_in_any_place_gets_words(space, caller, name):
+    valid = caller.valid[name]
+    for place in range(1, len(valid)):
+        for bad in BAD:
+            ok, answer = caller(name, [*valid[:place], bad, *valid[place + 1 :]])
+            assert ok or json.loads(answer).get("error") or json.loads(answer).get("detail"), (place, bad, answer[:200])
+            assert len(answer) < 2000 or ok, (place, bad)
+            assert str(space) not in answer and "/etc/passwd" not in answer
+    for data in ([], [None] * 50, [None] * len(valid)):
+        ok, answer = caller(name, data)
+        assert ok or json.loads(answer).get("error")
+    assert caller(name)[0] or name == "new_image", "and the page goes on"
+    assert "Traceback" not in (space / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_bad_events_of_painting_and_picking_get_words(space, caller):
+    values = [*BAD, "01" * 31, "0" * 64, "1" * 64, "2" * 64, "０" * 64, 99, -1, 2.5]
+    for name, field in (("paint", "mask"), ("pick", "index")):
+        for event in [*BAD, *({field: value} for value in values)]:
+            good = name == "pick" and event in ({field: 0.5}, {field: 2.5})  # rounded
+            ok, answer = caller(name, event=event)
+            assert ok == good, (name, event, answer[:200])
+            assert ok or json.loads(answer)["error"]
+    assert caller("paint", event={"mask": "01" * 32})[0] and caller("pick", event={"index": 4})[0]
+    stranger = Caller(caller.address)  # has not opened the page
+    for name in ("mask_again", "next_mask", "another_source", "animate_seed", "paint", "pick"):
+        ok, answer = stranger(name, event={"mask": "01" * 32, "index": 0})
+        assert not ok and "reload the page" in answer
+    assert "Traceback" not in (space / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_no_answer_names_a_folder_of_the_server(space, caller):
+    pages = [caller.http.get(caller.address + path).text for path in ("/", "/config", "/gradio_api/info")]
+    answers = [caller(name, event={"mask": "01" * 32, "index": 1})[1] for name in caller.valid if name != "new_image"]
+    for text in pages + answers:
+        for folder in (space, ROOT, sys.prefix, os.path.expanduser("~"), "pixels.pth"):
+            assert str(folder) not in text
+    for path in (space / "pixels.pth", space / "log.txt", "/etc/passwd", space / "tmp" / ".." / "log.txt"):
+        assert caller.http.get(f"{caller.address}/gradio_api/file={path}").status_code in (403, 404)
+
+
+# in a browser
+
+
 class Visitor:
     """Somebody with the page open."""
 
@@ -255,8 +505,15 @@ class Visitor:
     def hidden(self):
         return int(re.search(r"over (\d+) hidden", self.loss())[1])
 
+    def mask(self):
+        """Which patches look hidden, "0110..." in image order."""
+        return "".join(self.page.eval_on_selector_all(".paint i", "all => all.map(cell => cell.className ? '1' : '0')"))
+
+    def slider(self):
+        return int(self.page.input_value("#ratio input[type=number]"))
+
     def pictures(self):
-        return [self.page.get_attribute(f"#{kind} img", "src") for kind in app.KINDS]
+        return [self.page.get_attribute(f"#{kind} img", "src") for kind in drawing.CAPTIONS]
 
     def after(self, action):
         """Do something that redraws; returns the pictures before and after."""
@@ -266,33 +523,37 @@ class Visitor:
         self.page.wait_for_timeout(300)
         return before, self.pictures()
 
+    def stroke(self, *patches, grid=(8, 8)):
+        """Drag over these (row, column) in the second picture."""
+        box = self.page.locator(".paint").bounding_box()
+        mouse = self.page.mouse
+        for i, (row, column) in enumerate(patches):
+            x, y = (column + 0.5) / grid[1] * box["width"], (row + 0.5) / grid[0] * box["height"]
+            mouse.move(box["x"] + x, box["y"] + y)
+            if not i:
+                mouse.down()
+        mouse.up()
+
 
 @pytest.mark.slow
 def test_a_visitor_changes_mask_picture_and_model(address, browser, tmp_path):
     visitor = Visitor(browser, address)
     page = visitor.page
-    assert visitor.hidden() == 48
+    assert visitor.hidden() == 48 == visitor.mask().count("1")
 
-    before, after = visitor.after(lambda: page.fill("#ratio input[type=number]", "0.5"))
-    assert visitor.hidden() == 32
-    assert before[0] == after[0] and all(a != b for a, b in zip(before[1:], after[1:], strict=True))
+    before, after = visitor.after(lambda: page.fill("#ratio input[type=number]", "50"))
+    assert visitor.hidden() == 32 == visitor.mask().count("1")
+    assert before[0] == after[0] and all(a != b for a, b in zip(before[2:], after[2:], strict=True))
 
     def press():
         page.focus("#ratio input[type=range]")
         page.keyboard.press("ArrowRight")
 
     visitor.after(press)
-    assert visitor.hidden() == 36, "the slider itself"
-
-    box = page.locator("#masked img").bounding_box()
-    count = visitor.hidden()
-    before, after = visitor.after(lambda: page.mouse.click(box["x"] + 5, box["y"] + 5))
-    assert abs(visitor.hidden() - count) == 1 and before[1] != after[1] and before[0] == after[0]
-    visitor.after(lambda: page.mouse.click(box["x"] + 5, box["y"] + 5))
-    assert visitor.hidden() == count and visitor.pictures() == before, "the same patch back"
+    assert visitor.hidden() == 33, "the slider itself"
 
     before, after = visitor.after(lambda: page.click("#again"))
-    assert before[1] != after[1]
+    assert before[2] != after[2]
     before, after = visitor.after(lambda: page.locator("#examples button").nth(3).click())
     assert before[0] != after[0]
 
@@ -304,13 +565,85 @@ def test_a_visitor_changes_mask_picture_and_model(address, browser, tmp_path):
 
     def choose_the_other():
         page.click("#model input")
-        page.click("text=normalised (")
+        page.click("text=normalised (space)")
 
-    visitor.after(choose_the_other)
+    before, after = visitor.after(choose_the_other)
     assert "visible neighbours" in visitor.loss() and page.is_visible("#statistics")
+    assert before[0] == after[0], "the visitor's own picture stays"
     before, after = visitor.after(lambda: page.click("text=using the answer"))
     assert "Uses the answer" in visitor.loss() and before[2] != after[2] and before[:2] == after[:2]
     assert not visitor.errors
+
+
+@pytest.mark.slow
+def test_patches_are_painted_by_clicking_and_dragging_and_the_slider_follows(address, browser):
+    visitor = Visitor(browser, address)
+    at_first, mask = visitor.pictures(), visitor.mask()
+    corner = (0, 0)
+    visitor.after(lambda: visitor.stroke(corner))
+    assert visitor.mask() == ("0" if mask[0] == "1" else "1") + mask[1:]
+    visitor.after(lambda: visitor.stroke(corner))
+    assert (visitor.mask(), visitor.pictures()) == (mask, at_first), "the same patch back"
+
+    # a stroke does to all its patches what it does to the first, also to those that a fast pointer skips
+    for row in (1, 6):
+        mask = visitor.mask()
+        hide = mask[8 * row] == "0"
+        visitor.after(lambda row=row: visitor.stroke((row, 0), (row, 7)))
+        assert visitor.mask() == mask[: 8 * row] + ("1" if hide else "0") * 8 + mask[8 * row + 8 :]
+        assert visitor.hidden() == visitor.mask().count("1")
+        assert abs(visitor.slider() - 100 * visitor.hidden() / 64) <= 0.5
+
+    # nothing may be left to see, or to predict: a note, and the picture stays as it was
+    visitor.after(lambda: visitor.page.fill("#ratio input[type=number]", "99"))
+    mask = visitor.mask()
+    assert mask.count("0") == 1
+    visitor.stroke(divmod(mask.index("0"), 8))
+    visitor.page.wait_for_selector("text=Leave at least one patch to see")
+    assert visitor.mask() == mask and not visitor.errors
+
+
+@pytest.mark.slow
+def test_two_models_side_by_side_and_an_animation_to_save(address, browser):
+    visitor = Visitor(browser, address)
+    page = visitor.page
+
+    def choose_another():
+        page.click("#other input")
+        page.locator("[role=option]", has_text="normalised (space)").click()
+
+    visitor.after(choose_another)
+    assert page.locator("#board .pictures").count() == 2 and visitor.loss().count("Loss") == 2
+    assert page.locator("#board h3").all_inner_texts() == ["pixels (space)", "normalised (space)"]
+    shown = page.eval_on_selector_all("#board .cells", "all => all.map(cells => cells.innerHTML)")
+    assert shown[0] == shown[1], "the same patches hidden"
+
+    for way in handlers.WAYS:
+        page.click(f"#by_{way}")
+        page.wait_for_selector(f"#animation a[download*={way}]")
+        with page.expect_download() as saved_gif:
+            page.click("#animation a")
+        with Image.open(saved_gif.value.path()) as gif:
+            assert gif.format == "GIF" and gif.n_frames >= handlers.SEEDS
+    with page.expect_download() as saved_picture:
+        page.click("#pasted a")
+    with Image.open(saved_picture.value.path()) as image:
+        assert image.size == (256, 256)
+    assert not visitor.errors
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_fetched_leaves_the_old_one_and_one_message(address, browser):
+    visitor = Visitor(browser, address)
+    page, before = visitor.page, visitor.pictures()
+    page.click("#model input")
+    page.click("text=ViT-B, pixels")
+    page.wait_for_selector("text=cannot download", timeout=90_000)
+    page.wait_for_timeout(500)
+    assert page.locator(".toast-body").count() == 1
+    assert page.input_value("#model input") == "pixels (space)" and visitor.pictures() == before
+    visitor.after(lambda: page.click("#again"))  # and the page goes on, with the old one
+    assert "pixels (space)" in page.inner_text("#about") or "does not tell" in page.inner_text("#about")
 
 
 @pytest.mark.slow
@@ -324,13 +657,19 @@ def test_broken_and_huge_files_get_a_note_and_change_nothing(address, browser, t
         visitor.page.set_input_files("#upload input[type=file]", tmp_path / name)
         visitor.page.wait_for_selector(f"text={note}")
         assert visitor.pictures() == before
+        broken = (
+            "all => all.filter(image => !image.naturalWidth && getComputedStyle(image).visibility != 'hidden').length"
+        )
+        assert visitor.page.eval_on_selector_all("img", broken) == 0
         visitor.after(lambda page=visitor.page: page.click("#again"))  # and the page goes on
+        visitor.page.set_input_files("#upload input[type=file]", tmp_path / name)  # the same note again
+        visitor.page.wait_for_function("count => document.querySelectorAll('.toast-body').length >= 1", arg=1)
 
 
 @pytest.mark.slow
 def test_two_visitors_have_their_own_pictures_and_masks(address, browser):
     ann, bob = Visitor(browser, address), Visitor(browser, address)
-    ann.after(lambda: ann.page.fill("#ratio input[type=number]", "0.9"))
+    ann.after(lambda: ann.page.fill("#ratio input[type=number]", "90"))
     bob.after(lambda: bob.page.locator("#examples button").nth(2).click())
     assert (ann.hidden(), bob.hidden()) == (58, 48)
     assert ann.pictures()[0] != bob.pictures()[0]
@@ -346,7 +685,7 @@ def test_two_visitors_have_their_own_pictures_and_masks(address, browser):
 def test_the_page_fits_its_width(address, browser, width):
     visitor = Visitor(browser, address, width)
     assert visitor.page.evaluate("document.documentElement.scrollWidth") == width
-    boxes = [visitor.page.locator(f"#{kind} img").bounding_box() for kind in app.KINDS]
+    boxes = [visitor.page.locator(f"#{kind} img").bounding_box() for kind in drawing.CAPTIONS]
     in_a_row = 2 if width < 760 else 4
     assert len({round(box["y"]) for box in boxes}) == 4 // in_a_row
     assert all(width / in_a_row * 0.75 < box["width"] < width / in_a_row for box in boxes)

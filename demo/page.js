@@ -1,0 +1,56 @@
+// Runs once for the board of pictures (`element`). Patches are painted here, at once; the server draws at the end of a stroke.
+let brush = null;  // while a stroke lasts: whether it hides patches
+let stroke = new Map();  // patch -> what it was before the stroke
+let last = null;  // where the pointer was
+
+const cells = () => element.querySelector(".paint");
+const hidden = cell => cell.classList.contains("h");
+
+function patchAt(x, y) {
+  const [box, { rows, columns }] = [cells().getBoundingClientRect(), cells().dataset];
+  const row = Math.floor((y - box.top) / box.height * rows), column = Math.floor((x - box.left) / box.width * columns);
+  return row >= 0 && row < rows && column >= 0 && column < columns ? row * columns + column : -1;
+}
+
+function paint(patch) {
+  const cell = cells().children[patch];
+  if (!cell || hidden(cell) === brush) return;
+  if (!stroke.has(patch)) stroke.set(patch, !brush);
+  cell.classList.toggle("h", brush);
+}
+
+function moveTo(x, y) {  // a fast pointer skips patches: fill in the line
+  const from = last || [x, y], steps = Math.ceil(Math.hypot(x - from[0], y - from[1]) / 4) || 1;
+  for (let i = 1; i <= steps; i++) paint(patchAt(from[0] + (x - from[0]) * i / steps, from[1] + (y - from[1]) * i / steps));
+  last = [x, y];
+}
+
+function end() {
+  if (brush === null) return;
+  brush = null;
+  last = null;
+  if (!stroke.size) return;
+  const mask = [...cells().children].map(cell => hidden(cell) ? "1" : "0").join("");
+  if (!mask.includes("0") || !mask.includes("1")) {  // the server says why not
+    for (const [patch, was] of stroke) cells().children[patch].classList.toggle("h", was);
+  }
+  trigger("paint", { mask });
+}
+
+element.addEventListener("pointerdown", event => {
+  if (!cells()?.contains(event.target) || event.button) return;
+  event.preventDefault();
+  cells().setPointerCapture(event.pointerId);
+  const patch = patchAt(event.clientX, event.clientY);
+  if (patch < 0) return;
+  stroke = new Map();
+  brush = !hidden(cells().children[patch]);
+  moveTo(event.clientX, event.clientY);
+});
+element.addEventListener("pointermove", event => { if (brush !== null) moveTo(event.clientX, event.clientY); });
+element.addEventListener("pointerup", end);
+element.addEventListener("pointercancel", end);
+element.addEventListener("dragstart", event => event.preventDefault());
+watch("value", () => {  // an answer that comes during a stroke does not undo it
+  if (brush !== null) for (const patch of stroke.keys()) cells().children[patch]?.classList.toggle("h", brush);
+});
