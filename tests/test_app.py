@@ -25,7 +25,6 @@ from PIL import Image
 import models_mae
 from util.errors import UserError
 from util.visualize import from_images, mask_noise, reconstruct
-from util.visualize import from_images, mask_noise, reconstruct
 
 gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")  # comes with gradio

@@ -52,8 +52,8 @@ _NEWER = [
     (r"\.mlp\.fc2\.", ".output.dense."),
 ]
 
-# ours -> those of mmsegmentation's backbone MAE (its modules' names, and its tools/model_converters/beit2mmseg.py), which
-# mmpretrain's are too, behind `backbone.`: at the beginning, and within
+# ours -> those of mmsegmentation's backbone MAE (its modules' names, and its tools/model_converters/beit2mmseg.py),
+# which mmpretrain's are too, behind `backbone.`: at the beginning, and within
 _MM_FIRST = {"norm.": "ln1.", "fc_norm.": "ln2.", "patch_embed.proj.": "patch_embed.projection.", "blocks.": "layers."}
 _MM_INNER = {".norm": ".ln", ".mlp.fc1.": ".ffn.layers.0.0.", ".mlp.fc2.": ".ffn.layers.1."}
 
