@@ -12,7 +12,7 @@ from torch import nn
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import build, checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
-from util.dist import shutdown, wrap
+from util.dist import check_ranks_agree, shutdown, wrap
 from util.errors import UserError
 from util.log import log
 from util.lr_decay import param_groups_lrd
@@ -92,6 +92,7 @@ def main(args: argparse.Namespace) -> None:
         (train_transform, eval_transform(args.input_size)),
         args.nb_classes, env, args.dist_eval, args.seed, args.skip_bad_images,
     )  # fmt: skip
+    check_ranks_agree(env, {"images": [images and images.digest() for images in (train_set, val_set)]})
     num_workers = workers.available_workers(args.num_workers, env)
     val_loader = loader.eval_loader(
         val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem, args.loader_timeout

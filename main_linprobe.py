@@ -8,7 +8,8 @@ from torch import nn
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import build, checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
-from util.dist import shutdown, wrap
+from util.dist import check_ranks_agree, shutdown, wrap
+from util.errors import UserError
 from util.lars import LARS
 from util.log import log
 from util.lr_sched import Schedule, scaled_lr
@@ -37,12 +38,15 @@ def main(args: argparse.Namespace) -> None:
         weights = build.take_options(args, get_args_parser(), probe=True)
 
     # data
+    if args.batch_size == 1 and not args.eval:
+        raise UserError("--batch_size 1: batch normalisation needs two images or more in each process: pass 2 or more")
     train_transform = None if args.eval else linprobe_transform(args.input_size, args.crop_min, args.hflip)
     train_set, val_set = readers.labelled_images(
         args.data_path, args.dataset, (args.train_split, args.val_split),
         (train_transform, eval_transform(args.input_size)),
         args.nb_classes, env, args.dist_eval, args.seed, args.skip_bad_images,
     )  # fmt: skip
+    check_ranks_agree(env, {"images": [images and images.digest() for images in (train_set, val_set)]})
     num_workers = workers.available_workers(args.num_workers, env)
     val_loader = loader.eval_loader(
         val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem, args.loader_timeout

@@ -8,7 +8,7 @@ from timm.optim import param_groups_weight_decay
 import models_mae
 from engine_pretrain import train_one_epoch
 from util import cli, datasets, exits, flops, loader, readers, rng, speed, workers
-from util.dist import shutdown, wrap
+from util.dist import check_ranks_agree, shutdown, wrap
 from util.log import log
 from util.lr_sched import Schedule, scaled_lr
 from util.run import Run, begin
@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
     dataset = readers.pretraining_images(
         args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images
     )
+    check_ranks_agree(env, {"training images": dataset.digest()})
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = workers.available_workers(args.num_workers, env)
     train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout)

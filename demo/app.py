@@ -21,8 +21,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from demo.drawing import RELEASED, opened  # noqa: E402
 from demo.page import HERE, THEME, build  # noqa: E402
 from demo.uploads import MAX_MEGABYTES, SIDE, Limits  # noqa: E402
-from util import exits  # noqa: E402
-from util.errors import UserError  # noqa: E402
+from util.errors import UserError, fail  # noqa: E402
 
 VISITORS = 300  # whose pictures, of 1 MB, and last drawings are kept; the one who was away longest starts anew
 
@@ -75,9 +74,7 @@ def main() -> None:
     try:
         opened(next(iter(choices.values())))
     except UserError as error:
-        exits.fail(
-            UserError(f"{error.message}. Without one there is nothing to show: give a checkpoint, or run make demo")
-        )
+        fail(UserError(f"{error.message}. Without one there is nothing to show: give a checkpoint, or run make demo"))
     # a folder of our own: what lies in gradio's common one may be others' uploads
     with tempfile.TemporaryDirectory(prefix="mae-page-") as folder:
         os.environ.setdefault("GRADIO_TEMP_DIR", folder)

@@ -23,7 +23,7 @@ from models_mae import mae_vit_tiny_patch4
 from models_vit import vit_tiny_patch4
 from util import rng
 from util.datasets import Images
-from util.dist import Dist, _launched_by_mpirun, _launched_by_srun, init_distributed, mean_over_ranks, shutdown, wrap
+from util.dist import Dist, _launched, init_distributed, mean_over_ranks, shutdown, wrap
 from util.errors import NonFiniteLossError, UserError
 from util.loader import eval_loader
 from util.lr_sched import Schedule
@@ -268,32 +268,32 @@ def scontrol(tmp_path, monkeypatch):
 
 def test_srun_tells_rank_and_where_to_meet(launcher, scontrol):
     launcher(**STEP | {"SLURM_PROCID": 5, "SLURM_LOCALID": 1})
-    assert _launched_by_srun() == (5, 1, 8, 4)
+    assert _launched() == (5, 1, 8, 4)
     assert os.environ["MASTER_ADDR"] == "node7"
     port = os.environ.pop("MASTER_PORT")
     assert 1024 < int(port) < 65536
     launcher(**STEP | {"SLURM_PROCID": 0})  # another task of the step agrees
-    assert _launched_by_srun() == (0, 0, 8, 4) and os.environ.pop("MASTER_PORT") == port
+    assert _launched() == (0, 0, 8, 4) and os.environ.pop("MASTER_PORT") == port
     launcher(**STEP | {"SLURM_STEP_ID": 4})  # the next step does not collide with it
-    assert _launched_by_srun() and os.environ["MASTER_PORT"] != port
+    assert _launched() and os.environ["MASTER_PORT"] != port
 
 
 def test_srun_respects_a_given_meeting_point(launcher):
     launcher(**STEP, MASTER_ADDR="10.0.0.1", MASTER_PORT=4567)
-    assert _launched_by_srun() == (0, 0, 8, 4)
+    assert _launched() == (0, 0, 8, 4)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "4567")
 
 
 def test_srun_on_one_node_needs_no_scontrol(launcher, monkeypatch):
     monkeypatch.setenv("PATH", "")
     launcher(**STEP | {"SLURM_STEP_NUM_NODES": 1, "SLURM_STEP_NODELIST": "node7"})
-    assert _launched_by_srun() == (0, 0, 8, 8)
+    assert _launched() == (0, 0, 8, 8)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
 def test_tasks_that_do_not_spread_evenly_are_rounded_up_per_node(launcher):
     launcher(**STEP | {"SLURM_STEP_NUM_TASKS": 3}, MASTER_ADDR="node7")
-    assert _launched_by_srun() == (0, 0, 3, 2)
+    assert _launched() == (0, 0, 3, 2)
 
 
 SINGLE = {"no launcher": {}, "batch script": BATCH_SCRIPT, "step of one task": STEP | {"SLURM_STEP_NUM_TASKS": 1}}
@@ -325,14 +325,14 @@ def test_mpirun_tells_its_rank_with_a_meeting_point_alone(launcher):
     launcher(**{f"OMPI_COMM_WORLD_{name}": value for name, value in variables.items()})
     with pytest.raises(UserError, match="MASTER_ADDR"):
         init_distributed("cpu")
-    assert _launched_by_mpirun("tcp://node7:4567") == (3, 1, 4, 2)
+    assert _launched() == (3, 1, 4, 2)
     launcher(MASTER_ADDR="node7", MASTER_PORT=4567)
-    assert _launched_by_mpirun("env://") == (3, 1, 4, 2)
+    assert _launched() == (3, 1, 4, 2)
 
 
 def test_one_process_of_mpirun_needs_no_meeting_point(launcher):
     launcher(OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=1)
-    assert _launched_by_mpirun("env://") is None
+    assert _launched() is None
 
 
 if __name__ == "__main__":

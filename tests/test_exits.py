@@ -19,12 +19,11 @@ import main_pretrain
 from util import exits, slurm
 from util.datasets import Images, list_images
 from util.dist import Dist, init_distributed, on_main
-from util.errors import NonFiniteLossError, NotSavedError, UserError
+from util.errors import FailedError, NonFiniteLossError, NotSavedError, UserError
+from util.exits import Signals, Stopped
 from util.log import setup_logging
-from util.signals import Signals, Stopped
 
 ENV = Dist(torch.device("cpu"))
-KILLED = "DataLoader worker (pid 4) is killed by signal: Killed. "
 
 
 def ending(error: Exception) -> int:
@@ -53,7 +52,7 @@ def train_log(tmp_path):
         (UserError("lower --batch_size"), 2, "lower --batch_size"),
         (NonFiniteLossError("loss nan"), 3, "loss nan"),
         (NotSavedError("the end could not be saved"), 1, "the end could not be saved"),
-        (RuntimeError(KILLED), 1, "a loader worker died"),
+        (FailedError("a loader worker died"), 1, "a loader worker died"),
     ],
 )
 def test_last_words_are_on_the_terminal_and_in_train_log(error, code, words, train_log, capsys):
@@ -116,7 +115,7 @@ def test_signal_while_the_interpreter_ends_changes_no_exit_code(leave, code, num
 import argparse, os, signal, sys, torch
 from util import exits
 from util.dist import Dist
-from util.signals import Signals, Stopped
+from util.exits import Signals, Stopped
 
 class Last:
     def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{number}, write=os.write):
@@ -172,7 +171,11 @@ def test_error_of_one_rank_is_told_with_its_rank(monkeypatch, capsys):
 def meet_bad_input(how: str) -> None:
     """In two processes, the same or each its own."""
     env = init_distributed("cpu")
-    exits.fail(UserError("both meet this" if how == "same" else f"rank {env.rank} meets this"))
+
+    def main(args):
+        raise UserError("both meet this" if how == "same" else f"rank {env.rank} meets this")
+
+    exits.run(main, argparse.Namespace())
 
 
 @pytest.mark.parametrize(

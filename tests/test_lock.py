@@ -45,7 +45,7 @@ def test_a_second_process_is_refused_and_told_who_has_the_folder(tmp_path, holde
     before = time.monotonic()
     with pytest.raises(UserError, match=rf"{tmp_path} is in use by another run \(process {holder.pid} on .*\): stop"):
         lock.take(tmp_path / ".lock", wait_seconds=0.4)
-    assert 0.4 <= time.monotonic() - before < 5
+    assert 0.4 <= time.monotonic() - before < 20
 
 
 def test_a_killed_run_gives_the_folder_up_though_its_workers_live(tmp_path, holder):

@@ -33,6 +33,7 @@ from util import run as running
 from util.datasets import Images, list_images, report_bad
 from util.dist import Dist
 from util.errors import NonFiniteLossError, NotSavedError, UserError
+from util.exits import Stopped
 from util.files import checkpoints, save
 from util.lr_decay import param_groups_lrd
 from util.progress import Part
@@ -40,10 +41,8 @@ from util.resume import Start, newest, refuse_second_run, resume, will_resume
 from util.rng import image_order
 from util.run import Run
 from util.run_log import RunLog
-from util.signals import Stopped
 from util.step import Step
 from util.transforms import eval_transform
-from util.workers import explain
 
 ENV = Dist(torch.device("cpu"))
 OPTIONS = {
@@ -1028,14 +1027,6 @@ def test_image_that_fails_after_listing_is_named_or_skipped_and_counted(how, tmp
     with project_log() as lines:
         report_bad(skipping)
     assert "skipped 1 images" in lines[0] and str(bad) in lines[0]
-
-
-def test_errors_of_loader_workers_are_told_from_others():
-    killed = RuntimeError("DataLoader worker (pid 4) is killed by signal: Killed. ")
-    assert "lower --num_workers" in explain(killed)
-    assert "--loader_timeout" in explain(RuntimeError("DataLoader timed out after 3 seconds"))
-    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    assert explain(IndexError("Caught IndexError in DataLoader worker process 0.\nOriginal Traceback ...")) is None
 
 
 # a run that is stopped within an epoch, by the script's own way

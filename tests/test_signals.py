@@ -10,9 +10,10 @@ import pytest
 import torch
 from test_saving import read, saver
 
-from util import files, signals
-from util.dist import Dist
-from util.signals import ASK_STEPS, EXIT_SAVED, Signals, Stopped, leave_signals_to_the_trainer
+from util import exits, files
+from util.dist import SIGNALS, Dist
+from util.exits import ASK_STEPS, EXIT_SAVED, Signals, Stopped
+from util.workers import leave_signals_to_the_trainer
 
 ONE, TWO = (Dist(torch.device("cpu"), world_size=n) for n in (1, 2))
 
@@ -41,7 +42,7 @@ def test_signal_that_is_ignored_stays_so(monkeypatch):
 
 def test_second_ctrl_c_after_a_while_ends_at_once(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(exits.time, "monotonic", lambda: now[0])
     with Signals(ONE), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         now[0] += 1
@@ -53,8 +54,8 @@ def test_second_ctrl_c_after_a_while_ends_at_once(monkeypatch):
 @pytest.mark.parametrize(("step_seconds", "between"), [(0.001, ASK_STEPS), (0.25, 8), (30.0, 1)])
 def test_ranks_ask_one_another_every_20_steps_or_about_every_2_seconds(step_seconds, between, monkeypatch):
     now, asked = [0.0], []
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(signals, "sum_over_ranks", lambda votes: asked.append(step) or votes)
+    monkeypatch.setattr(exits.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(exits, "sum_over_ranks", lambda votes: asked.append(step) or votes)
     noted = Signals(TWO)
     for step in range(100):  # noqa: B007
         now[0] += step_seconds
@@ -65,14 +66,14 @@ def test_ranks_ask_one_another_every_20_steps_or_about_every_2_seconds(step_seco
 def test_what_one_rank_is_told_all_obey(monkeypatch):
     def with_the_other(votes):
         """Rank 0 was told nothing; rank 1 got SIGUSR2, and must have no say in times."""
-        other = [float(number == signal.SIGUSR2) for number in signals.CAUGHT]
+        other = [float(number == signal.SIGUSR2) for number in SIGNALS]
         assert votes.dtype == torch.float32
         return votes + torch.tensor([*other, 0.0, 0.0])
 
-    monkeypatch.setattr(signals, "sum_over_ranks", with_the_other)
+    monkeypatch.setattr(exits, "sum_over_ranks", with_the_other)
     assert Signals(TWO).ask(save=True) == ({signal.SIGUSR2}, True)
     seen = []
-    monkeypatch.setattr(signals, "sum_over_ranks", lambda votes: seen.extend(votes.tolist()) or votes)
+    monkeypatch.setattr(exits, "sum_over_ranks", lambda votes: seen.extend(votes.tolist()) or votes)
     Signals(Dist(torch.device("cpu"), rank=1, world_size=2)).ask(save=True)
     assert seen == [0.0] * 6
 

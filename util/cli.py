@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 
 from util.log import log
@@ -31,6 +32,18 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
     return args
 
 
+# options that may differ between the processes of one run: each has its own disk, cores and device, or none heeds them
+OF_ONE_RANK = set(
+    "data_path log_dir num_workers pin_mem loader_timeout device local_rank world_size dist_url dist_on_itp "
+    "dist_timeout peak_tflops".split()
+)
+
+
+def shared(args: argparse.Namespace) -> dict[str, object]:
+    """The options that must be the same in all processes of one run."""
+    return {f"--{name}": value for name, value in vars(args).items() if name not in OF_ONE_RANK}
+
+
 def warn_ineffective(args: argparse.Namespace) -> None:
     """Name the options that are accepted for old command lines and do nothing."""
     ineffective = {"local_rank": -1, "resplit": False, "dist_on_itp": False, "world_size": 1}
@@ -41,53 +54,28 @@ def warn_ineffective(args: argparse.Namespace) -> None:
         )
 
 
-def positive(text: str) -> int:
-    """Option type: an integer above 0."""
-    if (value := _number(int, text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def _option_type(kind: type, least: float = -math.inf, most: float = math.inf, ends: str = "[]") -> Callable:
+    """A finite number from `least` to `most`; `ends`: a round bracket leaves that end out, as in mathematics."""
+
+    def read(text: str):
+        value = _number(kind, text)
+        if value < least or (value == least and ends[0] == "("):
+            raise argparse.ArgumentTypeError(f"{text} is {'not above' if ends[0] == '(' else 'below'} {least}")
+        if value > most or (value == most and ends[1] == ")"):
+            raise argparse.ArgumentTypeError(f"{text} is {'not below' if ends[1] == ')' else 'above'} {most}")
+        return value
+
+    return read
 
 
-def not_negative(text: str) -> float:
-    """Option type: a finite number of 0 or more."""
-    if (value := _number(float, text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def count(text: str) -> int:
-    """Option type: an integer of 0 or more."""
-    if (value := _number(int, text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def above_zero(text: str) -> float:
-    """Option type: a finite number above 0."""
-    if (value := _number(float, text)) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """Option type: a number from 0 to 1."""
-    if not 0 <= (value := _number(float, text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
-
-
-def positive_share(text: str) -> float:
-    """Option type: a number above 0 and up to 1."""
-    if (value := share(text)) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def share_below_1(text: str) -> float:
-    """Option type: a number from 0 to below 1."""
-    if (value := share(text)) == 1:
-        raise argparse.ArgumentTypeError(f"{text} is not below 1")
-    return value
+positive = _option_type(int, 1)
+count = _option_type(int, 0)
+not_negative = _option_type(float, 0)
+above_zero = _option_type(float, 0, ends="(]")
+share = _option_type(float, 0, 1)
+positive_share = _option_type(float, 0, 1, "(]")
+share_below_1 = _option_type(float, 0, 1, "[)")
+side = _option_type(int, 1, 16384)  # pixels; no machine holds the attention of larger images
 
 
 def mask_ratio(text: str) -> float:
@@ -96,6 +84,13 @@ def mask_ratio(text: str) -> float:
         reason = "removes nothing, so there is nothing to predict" if value <= 0 else "keeps nothing to encode"
         raise argparse.ArgumentTypeError(f"{text} {reason}: choose above 0 and below 1, such as 0.75")
     return value
+
+
+def path(text: str) -> str:
+    """Option type: a file, folder or URL; ~ is the home folder, also in --name=~/x, which shells leave alone."""
+    if (expanded := os.path.expanduser(text)).startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: no such user; a folder of that name is ./{text}")
+    return expanded
 
 
 def _number(kind: type, text: str):
@@ -108,13 +103,6 @@ def _number(kind: type, text: str):
         raise argparse.ArgumentTypeError(f"{text[:80]} is too large")
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
-    return value
-
-
-def _side(text: str) -> int:
-    """Option type: an image side in pixels; no machine holds the attention of larger images than this."""
-    if (value := positive(text)) > 16384:
-        raise argparse.ArgumentTypeError(f"{text} is above 16384")
     return value
 
 
@@ -163,7 +151,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callabl
         "--model", default=default, choices=list(models), metavar="NAME", help=f"one of: {', '.join(models)}"
     )
     group.add_argument(
-        "--input_size", default=224, type=_side, nargs="+", action=SizeAction, metavar="PIXELS",
+        "--input_size", default=224, type=side, nargs="+", action=SizeAction, metavar="PIXELS",
         help="image side in pixels, or height and width; a multiple of the patch size",
     )  # fmt: skip
 
@@ -171,7 +159,7 @@ def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callabl
 def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, labelled: bool = True) -> None:
     """Where images come from and who loads them."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, metavar="FOLDER", help=data_path_help)
+    add("--data_path", default=None, type=path, metavar="FOLDER", help=data_path_help)
     add("--dataset", default="", metavar="KIND/NAME",
         help="tar, or a reader of timm: wds/NAME (WebDataset), hfds/NAME or hfids/NAME (Hugging Face), tfds/NAME; "
         "--data_path is then its root. none: folders")  # fmt: skip
@@ -219,7 +207,8 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
 def add_classifier_options(parser: argparse.ArgumentParser, *, global_pool: bool) -> None:
     """What fine-tuning and the linear probe share."""
     add = parser.add_argument_group("classifier").add_argument
-    add("--finetune", default="", metavar="FILE", help="pretrained checkpoint to start from: a path or an https URL")
+    add("--finetune", default="", type=path, metavar="FILE",
+        help="pretrained checkpoint to start from: a path or an https URL")  # fmt: skip
     add("--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens")
     add("--cls_token", action="store_false", dest="global_pool",
         help=f"classify the class token (default: {'off' if global_pool else 'on'})")  # fmt: skip
@@ -231,8 +220,9 @@ def add_classifier_options(parser: argparse.ArgumentParser, *, global_pool: bool
 def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None:
     """Files, device and launcher."""
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default="./output_dir", metavar="FOLDER", help="for checkpoints and log.txt; '' saves nothing")
-    add("--log_dir", default="./output_dir", metavar="FOLDER",
+    add("--output_dir", default="./output_dir", type=path, metavar="FOLDER",
+        help="for checkpoints and log.txt; '' saves nothing")  # fmt: skip
+    add("--log_dir", default="./output_dir", type=path, metavar="FOLDER",
         help="for TensorBoard; does not follow --output_dir; '' writes none")  # fmt: skip
     add("--save_every", default=save_every, type=positive, metavar="EPOCHS",
         help="epochs between checkpoints; the last is always saved")  # fmt: skip
@@ -246,7 +236,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None
     add("--on_nan", default="stop", choices=["stop", "skip", "rollback"],
         help="a step whose loss or gradient is not finite is left out; at the second within 1000 optimizer steps: "
         "stop, skip it too, or go back to the last checkpoint and on with other images")  # fmt: skip
-    add("--resume", default="", metavar="FILE",
+    add("--resume", default="", type=path, metavar="FILE",
         help="checkpoint to continue: path, https URL, or auto: the newest in output_dir if there is one")  # fmt: skip
     add("--start_epoch", default=0, type=count, metavar="N", help="first epoch, where --resume does not tell it")
     add("--device", default="auto", help="auto (the best of cuda, mps, cpu), cuda, mps or cpu")

@@ -1,5 +1,6 @@
 """Where images come from: files on disk, decoded, transformed, in an order set by (seed, epoch)."""
 
+import hashlib
 import os
 import stat
 from collections import Counter
@@ -192,6 +193,15 @@ class PackedFiles(Sequence):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """Of all paths, from the folder on that holds them all, and labels, in their order; a second a million."""
+        ends = self.ends.tolist()
+        paths = [bytes(path) for path in map(memoryview(self.paths).__getitem__, map(slice, ends, ends[1:]))]
+        common = os.path.commonprefix([min(paths), max(paths)]).rfind(os.sep.encode()) + 1 if paths else 0
+        digest = hashlib.sha256(b"\0".join([path[common:] for path in paths]))
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()[:16]
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
@@ -229,6 +239,10 @@ class Images(Dataset):
             rng.seed_sample(self.seed, epoch, index)
         return *self.transform(pixels), label
 
+    def digest(self) -> str:
+        """What tells these images, and their order, from others, wherever they lie."""
+        return f"{len(self)} images {self.files.digest()}"
+
     def read(self, index: int) -> tuple[torch.Tensor, int]:
         """The file's content [n_bytes] uint8, and its label."""
         path, label = self.files[index]
@@ -265,7 +279,7 @@ def report_bad(dataset: Images) -> None:
     """Log the files that were skipped in this epoch, if any."""
     paths = dataset.take_bad()
     if paths:
-        shown = "\n  ".join(paths[:20]) + ("\n  ..." if len(paths) > 20 else "")
+        shown = "\n  ".join(map(printable, paths[:20])) + ("\n  ..." if len(paths) > 20 else "")
         log.warning(f"skipped {len(paths)} images that cannot be decoded:\n  {shown}")
 
 

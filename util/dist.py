@@ -1,14 +1,15 @@
 """Start and end of the process group. The only reader of launcher variables (torchrun, srun, mpirun)."""
 
 import contextlib
-import hashlib
 import math
 import os
 import re
+import signal
 import subprocess
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +19,17 @@ import torch
 import torch.distributed
 from torch import nn
 
-from util.errors import UserError
+from util.errors import FailedError, UserError, say
 
+# what a user, a batch system or a launcher sends; SIGUSR2 is submitit's warning
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+LAUNCHERS = {  # number of processes, rank, rank on the node, processes on the node (srun: nodes)
+    "torchrun": ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    # a batch script has SLURM_PROCID and SLURM_NTASKS too, but only srun's tasks are in a step with a task count
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES"),
+    "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
+}
+SIZES = [names[0] for names in LAUNCHERS.values()]
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of all cores together, in a period of so many
 
 
@@ -43,29 +53,60 @@ def init_distributed(device: str = "auto", dist_url: str = "env://", timeout_min
     """Join the group that the launcher describes, or stand alone where there is none.
 
     `device`: auto (cuda, then mps, then cpu), cuda, mps or cpu. A process waits for the others for `timeout_minutes` at
-    most, then it fails. Raises UserError where the device is not there.
+    most, then it raises FailedError. Raises UserError where the device is not there, or the launcher's variables make
+    no sense; an empty one counts as unset.
     """
-    launch = _launched_by_torchrun() or _launched_by_srun() or _launched_by_mpirun(dist_url)
-    if launch is None:
-        return Dist(_pick_device(device, 0))
+    launch, env = _launched(), os.environ
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if dist_url == "env://" and not env.get(name)]
+    if launch is None or (launch[2] == 1 and missing):
+        return Dist(_pick_device(device, launch[1] if launch else 0))
     rank, local_rank, world_size, local_world_size = launch
-    if "OMP_NUM_THREADS" not in os.environ:
+    if missing:
+        names = " and ".join(missing)
+        raise UserError(
+            f"{names}: not set, so {world_size} processes cannot meet; set it alike for all (mpirun -x NAME=VALUE)"
+        )
+    _number("MASTER_PORT", 0, below=65536)
+    if "OMP_NUM_THREADS" not in env:
         # each process would take all cores for its arithmetic, and they would wait for one another (torchrun sets it)
         torch.set_num_threads(max(available_cores() // local_world_size, 1))
     place = _pick_device(device, local_rank)
     if place.type == "mps":
         raise UserError("--device mps trains in a single process: start it without a launcher, or with --device cpu")
     timeout = timedelta(minutes=timeout_minutes)
-    restartable = dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    torch.distributed.init_process_group(
-        backend="nccl" if place.type == "cuda" else "gloo",
-        **({"store": _fresh_store(rank, world_size, timeout)} if restartable else {"init_method": dist_url}),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=place if place.type == "cuda" else None,
-    )
+    restartable = dist_url == "env://" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    with _meeting(rank, world_size, dist_url, timeout_minutes):
+        torch.distributed.init_process_group(
+            backend="nccl" if place.type == "cuda" else "gloo",
+            **({"store": _fresh_store(rank, world_size, timeout)} if restartable else {"init_method": dist_url}),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=place if place.type == "cuda" else None,
+        )
     return Dist(place, rank, local_rank, world_size, local_world_size)
+
+
+@contextlib.contextmanager
+def _meeting(rank: int, world_size: int, dist_url: str, timeout_minutes: float) -> Iterator[None]:
+    """Say whom this process waits for, where it is not here at once, and why they could not meet."""
+    where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ) if dist_url == "env://" else dist_url
+    others = _ranks([other for other in range(world_size) if other != rank])
+    waits = f"rank {rank} of {world_size} waits at {where} for {others}, at most {timeout_minutes:g} minutes"
+    remedy = "if only one was started (srun --pty), start it by srun or torchrun, or unset " + " ".join(SIZES)
+    late = threading.Timer(10 if rank else 1, say, [f"{waits}; {remedy}"])
+    late.daemon = True
+    late.start()
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        reason = str(error).split("\n")[0]
+        if rank == 0 and isinstance(error, torch.distributed.DistNetworkError):
+            text = f"rank 0 cannot meet the others at {where} ({reason}): if the port is taken, set another MASTER_PORT"
+            raise UserError(text) from error
+        raise FailedError(f"{waits}: in vain ({reason}); {remedy}") from error
+    finally:
+        late.cancel()
 
 
 def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> torch.distributed.Store:
@@ -86,7 +127,7 @@ def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> torch.distri
     store.set(f"hello/{rank}", mine)
     while others:
         if time.monotonic() > end:
-            raise TimeoutError(f"rank {rank} waited {timeout} for ranks {sorted(others)[:8]} to start")
+            raise FailedError(f"rank {rank} waited {timeout} for {_ranks(sorted(others))} to start")
         for other in list(others):
             if rank == 0:
                 store.set(f"welcome/{other}", read(f"hello/{other}") + mine)
@@ -115,72 +156,65 @@ def shutdown() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _launched_by_torchrun() -> tuple[int, int, int, int] | None:
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    env = os.environ
-    local_rank = int(env.get("LOCAL_RANK", 0))
-    return int(env["RANK"]), local_rank, int(env["WORLD_SIZE"]), int(env.get("LOCAL_WORLD_SIZE", 1))
+def _number(name: str, default: int | None = None, least: int = 0, below: float = math.inf) -> int:
+    """A launcher's variable; `default` where it is not set or empty. Raises UserError for what is no such number."""
+    text = os.environ.get(name, "").strip()
+    if not text and default is not None:
+        return default
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not least <= int(text) < below:
+        most = f"to {below - 1}" if below < math.inf else "up"
+        what = f"{name}={text[:100]!r} is not a whole number from {least} {most}"
+        raise UserError(f"{what}: leave it to torchrun, srun or mpirun, or unset it to train in one process")
+    return int(text)
 
 
-def _launched_by_srun() -> tuple[int, int, int, int] | None:
-    # a batch script has SLURM_PROCID and SLURM_NTASKS too, but only srun's tasks are in a step with a task count
-    env = os.environ
-    n_tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
-    if "SLURM_PROCID" not in env or n_tasks == 1:
-        return None
-    n_nodes = int(env.get("SLURM_STEP_NUM_NODES", 1))
-    if "MASTER_ADDR" not in env:
-        env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"]) if n_nodes > 1 else "127.0.0.1"
-    # the same port on all nodes, another for every job and step
-    env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % 20000))
-    return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), n_tasks, -(-n_tasks // n_nodes)
+def _launched() -> tuple[int, int, int, int] | None:
+    """(rank, local rank, processes, processes on this node), from the first launcher that tells."""
+    for launcher, (size_name, rank_name, local_name, local_size_name) in LAUNCHERS.items():
+        size = _number(size_name, 0, least=1)
+        rank = _number(rank_name, -1, below=size or math.inf)
+        if rank < 0 or size == 0 or (size == 1 and launcher != "torchrun"):
+            continue
+        local_size = _number(local_size_name, 1, least=1)
+        if launcher == "srun":
+            _meet_under_srun(n_nodes := local_size)
+            local_size = -(-size // n_nodes)
+        return rank, _number(local_name, 0), size, local_size
+    return None
 
 
-def _first_host(nodelist: str) -> str:
-    command = ["scontrol", "show", "hostnames", nodelist]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-
-
-def _launched_by_mpirun(dist_url: str) -> tuple[int, int, int, int] | None:
-    env = os.environ
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) == 1:
-        return None
-    if dist_url == "env://" and not ("MASTER_ADDR" in env and "MASTER_PORT" in env):
-        raise UserError("mpirun's processes don't know where to meet: pass -x MASTER_ADDR=HOST -x MASTER_PORT=PORT")
-    return (
-        int(env["OMPI_COMM_WORLD_RANK"]),
-        int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
-        int(env["OMPI_COMM_WORLD_SIZE"]),
-        int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]),
-    )
+def _meet_under_srun(n_nodes: int) -> None:
+    env, host = os.environ, "127.0.0.1"
+    if n_nodes > 1 and not env.get("MASTER_ADDR"):
+        nodes = env.get("SLURM_STEP_NODELIST", "")
+        command = ["scontrol", "show", "hostnames", nodes]
+        try:
+            host = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
+            raise UserError(f"SLURM_STEP_NODELIST={nodes!r} tells no host ({error}): set MASTER_ADDR") from error
+    env["MASTER_ADDR"] = env.get("MASTER_ADDR") or host
+    if not env.get("MASTER_PORT"):  # the same on all nodes, another for every job and step
+        env["MASTER_PORT"] = str(20000 + (_number("SLURM_JOB_ID") * 16 + _number("SLURM_STEP_ID")) % 20000)
 
 
 def _pick_device(name: str, local_rank: int) -> torch.device:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
+        name = next(kind for kind in there if there[kind])
+    if not re.fullmatch(r"cuda(:\d{1,4})?|mps|cpu", name):
         raise UserError(f"--device {name} is not known: use auto, cuda, mps or cpu")
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(
-                "--device cuda: this torch sees no CUDA GPU; use --device cpu (or auto), or mend the driver"
-            )
-        n_gpus = torch.cuda.device_count()
-        # a launcher that binds one GPU to each process shows each of them a single one, with index 0
-        index = int(name[5:]) if ":" in name else local_rank if n_gpus > 1 else 0
-        if index >= n_gpus:
-            raise UserError(
-                f"--device {name}: GPU {index} is not there for process {local_rank} ({n_gpus} on this node)"
-            )
-        name = f"cuda:{index}"
-        torch.cuda.set_device(name)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu (or auto)")
-    return torch.device(name)
+    kind = name.split(":")[0]
+    if not there[kind]:
+        raise UserError(f"--device {name}: this torch sees no such GPU; use --device cpu (or auto), or mend the driver")
+    if kind != "cuda":
+        return torch.device(name)
+    n_gpus = torch.cuda.device_count()
+    # a launcher that binds one GPU to each process shows each of them a single one, with index 0
+    index = int(name[5:]) if ":" in name else local_rank if n_gpus > 1 else 0
+    if index >= n_gpus:
+        raise UserError(f"--device {name}: GPU {index} is not there for process {local_rank} ({n_gpus} on this node)")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def wrap(model: nn.Module, env: Dist) -> nn.Module:
@@ -217,38 +251,8 @@ def on_main(env: Dist, action: Callable[[], Any]) -> Any:
         torch.distributed.broadcast_object_list(shared, src=0)
         result, error = shared
     if error is not None:
-        if isinstance(error, UserError):
-            error.rank_0_tells = not env.is_main
-        raise error
+        raise UserError(error.message, told=not env.is_main) if isinstance(error, UserError) else error
     return result
-
-
-def spare_others(message: str) -> None:
-    """On rank 0, which has said `message`: keep the others from saying it too, if they are about to.
-
-    Takes 3 seconds: what keeps the note may go with this process, and launchers end the others once one is gone.
-    """
-    if torch.distributed.is_initialized():
-        with contextlib.suppress(Exception):  # the store is gone, and with it the others
-            _default_store().set(_note(message), "")
-            time.sleep(3)
-
-
-def is_spared(message: str) -> bool:
-    """On other ranks: whether rank 0 says `message`, within 2 seconds."""
-    try:
-        _default_store().wait([_note(message)], timedelta(seconds=2))
-    except Exception:  # it does not, or the store is gone
-        return False
-    return True
-
-
-def _default_store() -> torch.distributed.Store:
-    return torch.distributed.distributed_c10d._get_default_store()
-
-
-def _note(message: str) -> str:
-    return f"said/{hashlib.sha256(message.encode()).hexdigest()}"
 
 
 def gather_on_all(value: Any) -> list[Any]:
@@ -258,6 +262,30 @@ def gather_on_all(value: Any) -> list[Any]:
     values = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def check_ranks_agree(env: Dist, values: dict[str, Any]) -> None:
+    """Raise UserError, on all ranks, where the value of a name is not the same on all of them."""
+    everyone = gather_on_all({name: repr(value) for name, value in values.items()})
+    different = []
+    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
+        ranks: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(everyone):
+            ranks.setdefault(theirs.get(name, "not given"), []).append(rank)
+        if len(ranks) > 1:
+            different.append(f"{name} ({', '.join(f'{v[:200]} on {_ranks(having)}' for v, having in ranks.items())})")
+    if different:
+        text = f"the processes differ in {'; '.join(different)}: start all with the same options, on the same images"
+        raise UserError(text, told=not env.is_main)
+
+
+def _ranks(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> 'ranks 0-2, 5'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        runs[-1].append(number) if runs and number == runs[-1][-1] + 1 else runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(texts)}"
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,45 @@
-"""The exceptions whose message is meant for the user and not for the developer, and how it shows what is not ours."""
+"""The exceptions whose message is meant for the user and not for the developer, and how a message is said."""
 
+import contextlib
+import sys
+from typing import NoReturn
+
+EXIT_BAD_INPUT = 2  # as argparse does
 LONGEST = 20_000  # characters of a message: lists of files may be long, and nobody reads more
 
 
-def printable(text: object) -> str:
+class UserError(ValueError):
+    """Bad input: the message names the value and the remedy. Scripts print it without a traceback and exit with 2.
+
+    `message` is the text in one printable line, since much of what it quotes comes from elsewhere. `told`: another
+    process says it already.
+    """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        self.message = _cut(printable(_cut(message.strip())))
+        self.told = told
+        super().__init__(self.message)
+
+
+class FailedError(RuntimeError):
+    """What a run depends on failed: a loader worker, another process. Scripts print the message and exit with 1."""
+
+
+class NotSavedError(OSError):
+    """The end of a run could not be saved. Scripts print the message without a traceback and exit with 1."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the message names the steps between which it happened."""
+
+
+def printable(text: object, keep: str = "") -> str:
     """A file's name, or words of a library -> the same with control characters, and bytes that are no UTF-8, escaped.
 
-    Names on disk are bytes: a terminal obeys some of them, and a log of UTF-8 loses the line that holds others.
+    Names on disk are bytes: a terminal obeys some of them, and a log of UTF-8 loses the line that holds others. `keep`:
+    characters that stay.
     """
-    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in str(text))
 
 
 def _escaped(c: str) -> str:
@@ -35,23 +66,14 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} … {text[-400:]}"
 
 
-class UserError(ValueError):
-    """Bad input: the message names the value and the remedy. Scripts print it without a traceback and exit with 2.
-
-    `message` is the text alone, in one printable line: a loader worker's exception arrives with the worker's traceback
-    in front of it, and much of what messages quote comes from elsewhere.
-    """
-
-    rank_0_tells = False  # True on the other ranks, where all of them raise what rank 0 has met
-
-    def __init__(self, message: str) -> None:
-        self.message = _cut(printable(_cut(message.rsplit("UserError: ", 1)[-1].strip())))
-        super().__init__(self.message)
+def say(text: str) -> None:
+    """Print to stderr, if there is one that takes it."""
+    if sys.stderr is not None:  # print would take stdout instead
+        with contextlib.suppress(OSError, ValueError):
+            print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
 
 
-class NotSavedError(OSError):
-    """The end of a run could not be saved. Scripts print the message without a traceback and exit with 1."""
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the steps between which it happened."""
+def fail(error: UserError) -> NoReturn:
+    """End a command of one process with the message alone."""
+    say(f"error: {error.message}")
+    sys.exit(EXIT_BAD_INPUT)

@@ -21,9 +21,9 @@ from torch import nn
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import check_divisible
-from util import checkpoint, cli, convert, exits
+from util import checkpoint, cli, convert
 from util.build import find, is_decoder, open_named
-from util.errors import UserError
+from util.errors import UserError, fail
 from util.pos_embed import resample
 from util.transforms import eval_crop_share
 
@@ -298,7 +298,7 @@ def main() -> None:
             args.checkpoint, args.to, args.part, args.output, args.model, args.input_size, args.mask_ratio, args.patch
         )
     except UserError as error:
-        exits.fail(error)
+        fail(error)
     print(f"wrote {path}. To load it:\n  {line}")
 
 

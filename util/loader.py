@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset, default_collate
 
 from util import rng
 from util.datasets import Images, TrainSampler
@@ -17,7 +17,7 @@ from util.errors import UserError
 from util.gpu_decode import EncodedImages, check_gpu_decode
 from util.log import log
 from util.readers import Stream
-from util.workers import batches, worker_options
+from util.workers import batches, open_loader, worker_options
 
 
 def normalise(pixels: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def train_loader(
     """The batches that `sampler` says, from images in its order or from a stream in the stream's own.
 
     `decode`: cpu, or cuda to leave JPEGs to the GPU; UserError where the device or the recipe does not allow that.
-    Workers that send nothing for `timeout_seconds` (0: any time) raise RuntimeError, which `explain` puts into words.
+    Workers that send nothing for `timeout_seconds` (0: any time) raise FailedError.
     """
     device = sampler.env.device
     options = worker_options(num_workers, pin_mem, device, timeout_seconds)
@@ -107,13 +107,14 @@ def train_loader(
                 "--decode cuda needs files, which this kind of --dataset keeps to itself: pass --decode cpu"
             )
         return DeviceLoader(StreamBatches(dataset, sampler, options), device)
-    encoded = None
+    to_device, collate = None, default_collate
     if decode == "cuda":
         check_gpu_decode(dataset.transform, device)
-        encoded = EncodedImages(dataset)
-        options |= {"collate_fn": encoded.collate, "pin_memory": False}  # nvJPEG reads ordinary memory
-    loader = DataLoader(encoded or dataset, batch_sampler=sampler, persistent_workers=num_workers > 0, **options)
-    return DeviceLoader(loader, device, encoded and encoded.decode)
+        dataset = EncodedImages(dataset)
+        to_device, collate = dataset.decode, dataset.collate
+        options["pin_memory"] = False  # nvJPEG reads ordinary memory
+    loader = open_loader(dataset, options, collate, batch_sampler=sampler, persistent_workers=num_workers > 0)
+    return DeviceLoader(loader, device, to_device)
 
 
 def eval_loader(
@@ -123,25 +124,27 @@ def eval_loader(
     """Every image once, in order; with `sharded`, once over all ranks together (shares of files differ by one)."""
     options = worker_options(num_workers, pin_mem, env.device, timeout_seconds)
     if isinstance(dataset, Stream):
-        loader = DataLoader(_Pass(dataset, epoch=0), batch_size=batch_size, **options)
+        loader = open_loader(_Pass(dataset, 0, batch_size), options)
         # a guess, for the progress: a stream need not tell its length, and shares are of whole shards
         n_batches = max(-(-len(dataset) // dataset.world_size // batch_size), 1)
         return DeviceLoader(loader, env.device, n_batches=n_batches, n_common=0)
     indices = range(env.rank, len(dataset), env.world_size) if sharded else range(len(dataset))
     keep = num_workers > 0 and len(indices) > 0
-    loader = DataLoader(dataset, sampler=indices, batch_size=batch_size, persistent_workers=keep, **options)
+    loader = open_loader(dataset, options, sampler=indices, batch_size=batch_size, persistent_workers=keep)
     n_common = len(dataset) // env.world_size // batch_size if sharded else None
     return DeviceLoader(loader, env.device, n_common=n_common)
 
 
 class _Pass(IterableDataset):
-    """One pass over a stream."""
+    """One pass over a stream, in lists of `batch_size` samples; a last one of fewer is left out with `drop_last`."""
 
-    def __init__(self, stream: Stream, epoch: int) -> None:
-        self.stream, self.epoch = stream, epoch
+    def __init__(self, stream: Stream, epoch: int, batch_size: int, drop_last: bool = False) -> None:
+        self.stream, self.epoch, self.batch_size, self.drop_last = stream, epoch, batch_size, drop_last
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, bool, int]]:
-        return self.stream.iterate(self.epoch)
+    def __iter__(self) -> Iterator[list[tuple[torch.Tensor, bool, int]]]:
+        samples = self.stream.iterate(self.epoch)
+        while len(batch := list(itertools.islice(samples, self.batch_size))) > self.drop_last * (self.batch_size - 1):
+            yield batch
 
 
 class StreamBatches:
@@ -158,16 +161,11 @@ class StreamBatches:
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         epoch, first, n_batches = self.sampler.epoch, self.sampler.first, len(self.sampler)
-        loader = DataLoader(
-            _Pass(self.stream, epoch),
-            batch_size=self.sampler.batch_size,
-            drop_last=True,
-            generator=rng.stream_generator(self.sampler.seed, epoch),
-            **self.options,
-        )
+        one_pass = _Pass(self.stream, epoch, self.sampler.batch_size, drop_last=True)
+        loader = open_loader(one_pass, self.options, generator=rng.stream_generator(self.sampler.seed, epoch))
         done = 0
         for done, batch in enumerate(itertools.islice(loader, n_batches), 1):
-            if done > first:
+            if done > first or isinstance(batch, Exception):
                 yield batch
         if done < n_batches:
             raise UserError(

@@ -5,6 +5,7 @@ Readers of the first kind give any image by its number (tar, hfds/NAME) and are 
 their order and augmentation come from (seed, epoch), but change with the number of processes and workers.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,11 @@ class ReaderImages(Images):
         """Where the image is, for messages."""
         return printable(self.reader.filename(index))
 
+    def digest(self) -> str:
+        """What tells these images from others: their number, and names among them."""
+        indices = range(0, len(self), max(len(self) // 100, 1))
+        return f"{len(self)} images {hashlib.sha256(repr([self.name(i) for i in indices]).encode()).hexdigest()[:16]}"
+
 
 class Stream:
     """Images that come in the order of a reader, for one process of `world_size`; see `iterate`.
@@ -69,6 +75,10 @@ class Stream:
     def __len__(self) -> int:
         """Images over all processes, as the dataset itself says; 0 where it does not."""
         return self.n_images
+
+    def digest(self) -> str:
+        """What tells these images from others, beside --dataset and the split: their number."""
+        return f"{len(self)} images"
 
     def iterate(self, epoch: int) -> Iterator[tuple[torch.Tensor, bool, int]]:
         """This process's (and this loader worker's) images: (uint8 [h, w, 3], to be mirrored, label)."""

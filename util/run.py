@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from util import checkpoint, cli, files, flops, record, resume
-from util.dist import Dist, init_distributed, on_main
+from util.dist import Dist, check_ranks_agree, init_distributed, on_main
 from util.errors import NonFiniteLossError, NotSavedError, UserError
+from util.exits import Signals, Stopped
 from util.lock import take
 from util.log import log, setup_logging
 from util.not_finite import Strikes, check_weights
 from util.progress import Part, Progress
 from util.run_log import RunLog
-from util.signals import Signals, Stopped
 from util.step import Step
 
 LAST_TRIES_SECONDS = (1, 5, 20, 60)  # pauses before the state is given up that no later save would bring
@@ -39,6 +39,7 @@ def begin(args: argparse.Namespace) -> Dist:
     setup_logging(env, args.output_dir)
     cli.warn_ineffective(args)
     log.info(args)
+    check_ranks_agree(env, cli.shared(args))
     if not getattr(args, "eval", False):
         resume.refuse_second_run(env, args.output_dir, args.resume)
     return env

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 from util import cli, exits
-from util.errors import UserError
+from util.errors import UserError, fail
+from util.exits import Stopped
 from util.files import checkpoints
 from util.log import log
-from util.signals import Stopped
 
 MEM_GB_PER_GPU = 40
 CPUS_PER_TASK = 10
@@ -66,7 +66,7 @@ def get_args_parser(script: ModuleType) -> argparse.ArgumentParser:
         help="GPUs, and processes, per node; with --device cpu processes alone")  # fmt: skip
     add("--nodes", default=2, type=cli.positive, metavar="N", help="nodes")
     add("--timeout", default=4320, type=cli.positive, metavar="MINUTES", help="time limit of the job in minutes")
-    add("--job_dir", default="", metavar="FOLDER",
+    add("--job_dir", default="", type=cli.path, metavar="FOLDER",
         help="folder that all nodes see, for logs and checkpoints; %%j becomes the job id; required")  # fmt: skip
     add("--partition", default="", metavar="NAME", help="SLURM partition; none takes the cluster's default")
     add("--use_volta32", action="store_true", help="ask for V100s of 32 GB (constraint volta32gb)")
@@ -82,7 +82,7 @@ def submit(script: ModuleType) -> None:
     try:
         print(_submit(script, args))
     except UserError as error:
-        exits.fail(error)
+        fail(error)
 
 
 def _submit(script: ModuleType, args: argparse.Namespace) -> str:

@@ -1,20 +1,29 @@
-"""Loader workers: how many there are, how they start, and what it means when one dies."""
+"""Loader workers: how many there are, what they send, and what it means when one dies."""
 
+import contextlib
+import errno
+import multiprocessing
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._C import _error_if_any_worker_fails
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from util.dist import Dist, available_cores
+from util.dist import SIGNALS, Dist, available_cores
+from util.errors import FailedError, UserError
 from util.log import log
-from util.signals import leave_signals_to_the_trainer
 
-_waiting = False  # for a batch: nowhere else may a worker's death interrupt the trainer
-_torch_handler = None
+SMALL_SHM = (
+    "/dev/shm, where loader workers leave their batches, is too small or full: give the container more (docker run "
+    "--shm-size=8g, or --ipc=host), or pass --num_workers 0, which needs none"
+)
+_END = object()
 
 
 def available_workers(num_workers: int, env: Dist) -> int:
@@ -27,7 +36,7 @@ def available_workers(num_workers: int, env: Dist) -> int:
 
 
 def worker_options(num_workers: int, pin_mem: bool, device: torch.device, timeout_seconds: float) -> dict[str, Any]:
-    """Options of a DataLoader. Workers that send nothing for `timeout_seconds` (0: any time) raise RuntimeError."""
+    """Options for `open_loader`. Workers that send nothing for `timeout_seconds` (0: any time) raise FailedError."""
     # a fork server, Python 3.14's default, starts workers with threads, which no worker can keep from obeying SIGTERM
     fork = num_workers > 0 and sys.platform == "linux"
     return {
@@ -39,59 +48,127 @@ def worker_options(num_workers: int, pin_mem: bool, device: torch.device, timeou
     }
 
 
+def open_loader(dataset: Dataset, options: dict[str, Any], collate: Callable = default_collate, **more) -> DataLoader:
+    """A DataLoader whose batches `batches` yields. An iterable dataset gives lists of samples, one a batch."""
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(_Stream(dataset, collate), batch_size=None, collate_fn=_as_it_is, **options, **more)
+    return DataLoader(_Samples(dataset, collate), collate_fn=_as_it_is, **options, **more)
+
+
+class _Samples(Dataset):
+    """Key -> sample, in batches."""
+
+    def __init__(self, dataset: Dataset, collate: Callable) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list) -> Any:
+        return _batch(lambda: [self.dataset[key] for key in keys], self.collate)
+
+
+class _Stream(IterableDataset):
+    def __init__(self, dataset: IterableDataset, collate: Callable) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __iter__(self) -> Iterator:
+        samples = iter(self.dataset)
+        while (batch := _batch(lambda: next(samples, _END), self.collate)) is not _END:
+            yield batch
+
+
+def _batch(read: Callable[[], list], collate: Callable) -> Any:
+    """The batch; or the error that is meant for users, for torch would let nothing of it through but a traceback."""
+    try:
+        samples = read()
+        return samples if samples is _END else collate(samples)
+    except UserError as error:
+        return error
+    except RuntimeError as error:
+        if "/torch_" not in str(error):  # the names of what torch keeps in shared memory: it has no type for this
+            raise
+        return FailedError(f"{SMALL_SHM} ({error})")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 def batches(loader: Iterable) -> Iterator:
-    """What `loader` yields. Raises RuntimeError, which `explain` puts into words, where one of its workers has died.
+    """What `loader` yields. Raises UserError as it was raised in a worker, and FailedError where a worker has died.
 
     torch itself tells of a death by an exception from a signal handler, wherever the trainer is just then: in the midst
     of a checkpoint, say, whose file that would break. Here it waits until the next batch is asked for.
     """
-    global _waiting
-    iterator = iter(loader)
+    iterator = None
     while True:
-        _waiting = True
         try:
-            _look_for_deaths()
-            batch = next(iterator)
-        except StopIteration:
+            with _deaths_raise():
+                iterator = iter(loader) if iterator is None else iterator
+                batch = next(iterator, _END)
+        except (RuntimeError, OSError, EOFError) as error:
+            if (reason := _reason(error)) is error:
+                raise
+            raise reason from error
+        if batch is _END:
             return
-        except (OSError, EOFError):  # the connection to a dead worker breaks a moment before its death can be seen
-            end = time.monotonic() + 2
-            while time.monotonic() < end:
-                _look_for_deaths()
-                time.sleep(0.02)
-            raise
-        finally:
-            _waiting = False
-            _defer_deaths()
+        if isinstance(batch, UserError | FailedError):
+            raise batch
         yield batch
 
 
-def _look_for_deaths() -> None:
-    if _torch_handler is not None:
-        _torch_handler(signal.SIGCHLD, None)
-
-
-def _defer_deaths() -> None:
-    """Put this module's handler before torch's, which is there from the first loader with workers on."""
-    global _torch_handler
+@contextlib.contextmanager
+def _deaths_raise() -> Iterator[None]:
+    """Inside, a worker's death, or one before, raises RuntimeError at once, as torch's own handler does everywhere."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
         return
-    handler = signal.getsignal(signal.SIGCHLD)
-    if callable(handler) and handler is not _on_death:
-        _torch_handler = handler
-        signal.signal(signal.SIGCHLD, _on_death)
+    signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
+    try:
+        _error_if_any_worker_fails()
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's comes with the first workers
 
 
-def _on_death(number: int, frame: Any) -> None:
-    if _waiting:
-        _torch_handler(number, frame)
-
-
-def explain(error: Exception) -> str | None:
-    """What to do about an error of the loader's workers; None for other errors."""
+def _reason(error: Exception) -> Exception:
+    """`error`, or, of what torch says in words alone about its workers, a FailedError with the remedy."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of a queue's locks
+        return FailedError(f"{SMALL_SHM} ({error})")
+    if not isinstance(error, RuntimeError):  # the connection to a dead worker breaks a moment before its death is seen
+        end = time.monotonic() + 2
+        try:
+            while time.monotonic() < end:
+                _error_if_any_worker_fails()
+                time.sleep(0.02)
+        except RuntimeError as death:
+            error = death
     text = str(error).split("\n")[0].strip()
-    if "DataLoader timed out" in text:
-        return f"no image came ({text}): the disk stalls; mend it, or raise --loader_timeout"
-    if "DataLoader worker (pid" in text:  # "Caught IndexError in DataLoader worker process 0" is an error like others
-        return f"a loader worker died ({text}): most often memory ran out; lower --num_workers or --batch_size"
-    return None
+    if text.startswith("DataLoader timed out"):
+        return FailedError(f"no image came ({text}): the disk stalls; mend it, or raise --loader_timeout")
+    if text.startswith("DataLoader worker (pid"):
+        remedy = SMALL_SHM if "Bus error" in text else "most often memory ran out; lower --num_workers or --batch_size"
+        return FailedError(f"a loader worker died ({text}): {remedy}")
+    return error
+
+
+def leave_signals_to_the_trainer(_worker: int) -> None:
+    """For a loader's worker: only the trainer obeys signals, which a batch system sends to all processes of a job.
+
+    Else a worker would be gone before the step that needs its images. SIGTERM from the trainer itself still ends it.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    trainer = multiprocessing.parent_process().pid  # not os.getppid(): that may be a fork server
+
+    def obey_trainer() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_trainer, daemon=True).start()
