@@ -235,6 +235,20 @@ def test_bad_value_is_refused_by_name(name, option, value, capsys):
     assert f"argument --{option}" in last and value in last
 
 
+@pytest.mark.parametrize("option", ["data_path", "output_dir", "log_dir", "resume", "finetune", "job_dir"])
+def test_tilde_is_the_home_folder_though_the_shell_leaves_it_alone(option, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = slurm.get_args_parser(main_finetune)
+    for given, meant in {
+        "~/x": "/home/me/x", "~": "/home/me", "~/a/~/b": "/home/me/a/~/b", "./~x": "./~x", "/a/~/b": "/a/~/b", "": "",
+        "https://host/~me/w.pth": "https://host/~me/w.pth",
+    }.items():  # fmt: skip
+        assert vars(parser.parse_args([f"--{option}={given}"]))[option] == meant
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--{option}=~nobody-of-this-name/x"])
+    assert f"argument --{option}" in capsys.readouterr().err
+
+
 def test_three_sides_are_refused(capsys):
     with pytest.raises(SystemExit) as exit_:
         parse("pretrain", "--input_size", "64", "96", "3")
@@ -442,6 +456,14 @@ def test_ratio_that_leaves_no_patch_on_one_side_is_refused(ratio, folder, monkey
 @each_classifier
 def test_evaluation_without_a_checkpoint_is_refused(name, folder, monkeypatch):
     assert "--resume" in refused(monkeypatch, name, "--data_path", folder, "--eval")
+
+
+@pytest.mark.parametrize("accum_iter", [1, 4])
+def test_probe_of_one_image_a_process_is_refused(accum_iter, folder, monkeypatch):
+    """Batch normalisation has no deviation of one image, however many batches make a step."""
+    options = ("--data_path", folder, "--batch_size", 1, "--accum_iter", accum_iter)
+    message = refused(monkeypatch, "linprobe", *options)
+    assert "--batch_size 1" in message and "2 or more" in message
 
 
 @each_script

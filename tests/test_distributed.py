@@ -5,6 +5,8 @@
 
 import gc
 import os
+import shutil
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +19,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import engine_pretrain
 import main_finetune
+import main_pretrain
 import util.run
 from engine_finetune import evaluate
 from models_mae import mae_vit_tiny_patch4
 from models_vit import vit_tiny_patch4
-from util import rng
+from util import dist, rng
 from util.datasets import Images
-from util.dist import Dist, _launched, init_distributed, mean_over_ranks, shutdown, wrap
-from util.errors import NonFiniteLossError, UserError
+from util.dist import Dist, _launched, check_ranks_agree, init_distributed, mean_over_ranks, shutdown, wrap
+from util.errors import FailedError, NonFiniteLossError, UserError
 from util.loader import eval_loader
 from util.lr_sched import Schedule
 from util.step import Step
@@ -119,8 +122,42 @@ def nan_error(env: Dist) -> str:
     return ""
 
 
+def refusal(env: Dist, script, *options: object) -> str:
+    """What a script says to this rank about options that other ranks do not have; nothing if it trains."""
+    util.run.init_distributed, script.shutdown = lambda *_: env, lambda: None
+    tiny = ("--model", "vit_tiny_patch4" if script is main_finetune else "mae_vit_tiny_patch4", "--input_size", 16)
+    args = (*tiny, "--batch_size", 2, "--epochs", 1, "--num_workers", 0, "--output_dir", "", "--log_dir", "", *ON_CPU)
+    try:
+        script.main(script.get_args_parser().parse_args([str(option) for option in (*args, *options)]))
+    except UserError as error:
+        return error.message
+    return ""
+
+
+# name: (script, options of rank 0, options of rank 1); {} is the folder of the images
+DIFFERENT = {
+    "--batch_size": (main_pretrain, ("--batch_size", 2), ("--batch_size", 1)),
+    "--epochs": (main_pretrain, ("--epochs", 1), ("--epochs", 2)),
+    "--blr": (main_pretrain, (), ("--blr", 0.5)),
+    "--output_dir": (main_pretrain, ("--output_dir", "{}/out"), ()),
+    "--resume": (main_pretrain, ("--resume", "auto", "--output_dir", "{}/out"), ("--output_dir", "{}/out")),
+    "--mixup": (main_finetune, (), ("--mixup", 0.8)),
+    "training images": (main_pretrain, ("--data_path", "{}/images"), ("--data_path", "{}/more")),
+    "images": (main_finetune, ("--data_path", "{}/images", "--nb_classes", 3),
+               ("--data_path", "{}/renamed", "--nb_classes", 3)),
+}  # fmt: skip
+
+
 def worker(folder: Path) -> None:
     env = init_distributed("cpu")
+    refusals = {
+        name: refusal(env, script, "--data_path", folder / "images", *[str(o).format(folder) for o in mine])
+        for name, (script, *each) in DIFFERENT.items()
+        for mine in [each[env.rank]]
+    }
+    # each rank its own copy, device and workers
+    own = ("--data_path", folder / ("images", "copy")[env.rank], "--num_workers", env.rank, "--device", "cpu")
+    refusals["nothing"] = refusal(env, main_pretrain, *own)
     # the script finds this group, which stays for the other checks
     util.run.init_distributed, main_finetune.shutdown = lambda *_: env, lambda: None
     results = {
@@ -131,6 +168,7 @@ def worker(folder: Path) -> None:
         "sharded": evaluation(env, folder, sharded=True),
         "unsharded": evaluation(env, folder, sharded=False),
         "nan": nan_error(env),
+        "refusals": refusals,
     }
     torch.save(results, folder / f"rank-{env.rank}.pth")
     shutdown()
@@ -142,7 +180,12 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for i in range(7):
         write_image(folder / f"{i}.png", i, (16, 16))
-    write_image_folder(folder / "images", n_train=0, n_val=3)
+    write_image_folder(folder / "images", n_train=2, n_val=3)
+    shutil.copytree(folder / "images", folder / "copy")
+    shutil.copytree(folder / "images", folder / "more")
+    write_image(folder / "more" / "train" / "ant" / "more.png", 0)
+    shutil.copytree(folder / "images", folder / "renamed")
+    (folder / "renamed" / "val" / "ant" / "0.png").rename(folder / "renamed" / "val" / "ant" / "9.png")
     rng.seed_init(0)
     model = vit_tiny_patch4(img_size=16, num_classes=3, global_pool=True)
     nn.init.normal_(model.head.weight)
@@ -229,6 +272,53 @@ def test_run_in_two_processes_resumes_bit_for_bit_and_speaks_with_one_voice(tmp_
         assert_same(a[key], b[key], key)
     before = load(tmp_path / "whole" / "checkpoint-0.pth")["model"]["decoder_pred.bias"]
     assert not torch.equal(before, a["model"]["decoder_pred.bias"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_ranks_that_differ_all_say_in_what_before_the_first_step(name, two_processes):
+    said = [rank["refusals"][name] for rank in two_processes.ranks]
+    assert said[0] == said[1] and said[0].startswith(f"the processes differ in {name} (") and said[0].count(" (") == 1
+    assert " on rank 0, " in said[0] and " on rank 1)" in said[0]
+
+
+@pytest.mark.slow
+def test_ranks_with_copies_of_the_same_images_and_own_workers_train(two_processes):
+    assert [rank["refusals"]["nothing"] for rank in two_processes.ranks] == ["", ""]
+
+
+def test_ranks_that_agree_with_one_another_are_named_together(monkeypatch):
+    values = [{"--epochs": "1"}] * 3 + [{"--epochs": "2", "--new": "True"}] + [{"--epochs": "1"}] * 2
+    monkeypatch.setattr(dist, "gather_on_all", lambda value: values)
+    with pytest.raises(UserError) as error:
+        check_ranks_agree(Dist(torch.device("cpu"), rank=3, world_size=6), {"--epochs": 2})
+    assert "--epochs (1 on ranks 0-2, 4-5, 2 on rank 3); --new (not given on ranks 0-2, 4-5, True on rank 3)" in str(
+        error.value
+    )
+    assert error.value.told
+    values[3] = values[0]
+    check_ranks_agree(Dist(torch.device("cpu")), {})
+
+
+FILES = [("/a/x/0.png", 0), ("/a/x/1.png", 0), ("/a/y/0.png", 1)]
+
+
+@pytest.mark.parametrize(
+    ("files", "same"),
+    [
+        ([(path.replace("/a/", "/mnt/b/c/"), label) for path, label in FILES], True),
+        (FILES[:2], False),
+        ([FILES[1], FILES[0], FILES[2]], False),
+        ([*FILES[:2], ("/a/y/0.jpg", 1)], False),
+        ([*FILES[:2], ("/a/y/0.png", 0)], False),
+        ([("/a/x0.png", 0), ("/a/x/1.png", 0), ("/a/y/0.png", 1)], False),
+        ([("/a/x/\udce9.png", 0), *FILES[1:]], False),
+    ],
+    ids=["elsewhere", "fewer", "another order", "another name", "another label", "another folder", "not UTF-8"],
+)
+def test_digest_of_images_tells_other_lists(files, same):
+    digests = [Images(each, None).digest() for each in (FILES, files)]
+    assert (digests[0] == digests[1]) == same
 
 
 # launchers
@@ -328,6 +418,66 @@ def test_mpirun_tells_its_rank_with_a_meeting_point_alone(launcher):
     assert _launched() == (3, 1, 4, 2)
     launcher(MASTER_ADDR="node7", MASTER_PORT=4567)
     assert _launched() == (3, 1, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("named", "variables"),
+    [
+        ("RANK", {"RANK": "abc", "WORLD_SIZE": 2}),
+        ("RANK", {"RANK": 2, "WORLD_SIZE": 2}),
+        ("RANK", {"RANK": -1, "WORLD_SIZE": 2}),
+        ("WORLD_SIZE", {"RANK": 0, "WORLD_SIZE": 0}),
+        ("WORLD_SIZE", {"RANK": 0, "WORLD_SIZE": "2.0"}),
+        ("WORLD_SIZE", {"RANK": 0, "WORLD_SIZE": "9" * 5000}),
+        ("LOCAL_RANK", {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": "first"}),
+        ("LOCAL_WORLD_SIZE", {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 0}),
+        ("MASTER_ADDR", {"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 4567}),
+        ("MASTER_PORT", {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "node7", "MASTER_PORT": ""}),
+        ("MASTER_PORT", {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "node7", "MASTER_PORT": 65536}),
+        ("SLURM_STEP_NUM_TASKS", STEP | {"SLURM_STEP_NUM_TASKS": "8(x2)"}),
+        ("SLURM_PROCID", STEP | {"SLURM_PROCID": 8}),
+        ("SLURM_JOB_ID", STEP | {"SLURM_JOB_ID": "", "MASTER_ADDR": "node7"}),
+        ("SLURM_STEP_NODELIST", STEP | {"PATH": ""}),
+        ("OMPI_COMM_WORLD_SIZE", {"OMPI_COMM_WORLD_SIZE": "four"}),
+        ("OMPI_COMM_WORLD_RANK", {"OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_RANK": 4}),
+    ],
+)
+def test_variable_of_a_launcher_that_makes_no_sense_is_refused_by_name(named, variables, launcher):
+    launcher(**variables)
+    with pytest.raises(UserError) as error:
+        init_distributed("cpu")
+    assert error.value.message.startswith((f"{named}=", f"{named}:")) and len(error.value.message) < 400
+
+
+EMPTY = dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"), "")
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RANK": 0, "WORLD_SIZE": 1}, {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "node7"}, EMPTY]
+)
+def test_one_process_without_a_meeting_point_and_empty_variables_run_alone(variables, launcher):
+    launcher(**variables)
+    assert init_distributed("cpu").world_size == 1 and not torch.distributed.is_initialized()
+
+
+def test_port_that_another_program_has_is_named(launcher):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        launcher(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} .*MASTER_PORT"):
+            init_distributed("cpu", timeout_minutes=0.02)
+
+
+def test_process_that_was_started_alone_says_whom_it_waits_for(launcher, capsys):
+    """As the shell of `srun -n 8 --pty bash` does."""
+    launcher(**STEP | {"SLURM_STEP_NUM_NODES": 1})
+    with pytest.raises(FailedError, match="in vain .*SLURM_STEP_NUM_TASKS"):
+        init_distributed("cpu", timeout_minutes=0.04)
+    said = capsys.readouterr().err
+    assert said.startswith("rank 0 of 8 waits at 127.0.0.1:") and "for ranks 1-7, at most 0.04 minutes" in said
+    assert "SLURM_STEP_NUM_TASKS" in said and said.count("\n") == 1
 
 
 def test_one_process_of_mpirun_needs_no_meeting_point(launcher):

@@ -41,7 +41,8 @@ OF_ONE_RANK = set(
 
 def shared(args: argparse.Namespace) -> dict[str, object]:
     """The options that must be the same in all processes of one run."""
-    return {f"--{name}": value for name, value in vars(args).items() if name not in OF_ONE_RANK}
+    shown = {f"--{name}": value for name, value in vars(args).items() if name not in OF_ONE_RANK}
+    return shown | {"--output_dir": "a folder" if args.output_dir else ""}  # which one, rank 0 alone heeds
 
 
 def warn_ineffective(args: argparse.Namespace) -> None:
