@@ -1,6 +1,8 @@
 """Weights of timm and Hugging Face as --finetune: their libraries write the files, and give the numbers to match."""
 
+import argparse
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import timm
 import torch
 from helpers import assert_same, project_log
 
+import main_finetune
+import main_linprobe
 import models_mae
 import models_vit
 from util import build, checkpoint, convert, download
@@ -154,6 +158,254 @@ def test_safetensors_keep_what_describes_the_model(tmp_path):
     state = checkpoint.load(tmp_path / "a.safetensors")
     assert state["args"] == args
     assert_same(dict(state["model"]), dict(ours().state_dict()))
+
+
+# files of other projects: an encoder under any key and prefix
+
+VIT = models_vit.vit_tiny_patch4(num_classes=5)
+ENCODER = {name: value for name, value in VIT.state_dict().items() if not name.startswith("head.")}
+OTHER = {name: value + 1 for name, value in ENCODER.items()}
+FULL = models_mae.mae_vit_tiny_patch4().state_dict()
+FULL |= ENCODER
+PROJECTOR = {"head.mlp.0.weight": torch.zeros(3, 64), "head.last_layer.weight_g": torch.zeros(3, 1)}
+
+
+def behind(prefix: str, weights: dict) -> dict:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def compiled_inside(name: str) -> str:
+    return name.replace("blocks.0.", "blocks.0._orig_mod.").replace("blocks.1.", "blocks.module.1.")
+
+
+FOREIGN = {
+    "DistributedDataParallel": ({"model": behind("module.", ENCODER)}, "'module.'"),
+    "bare, DistributedDataParallel": (behind("module.", ENCODER), "'module.'"),
+    "compiled": ({"model": behind("_orig_mod.", FULL)}, "'_orig_mod.'"),
+    "wrapped thrice": ({"model": behind("module._orig_mod.module.", ENCODER)}, "'module._orig_mod.module.'"),
+    "compiled blocks": ({"model": {compiled_inside(name): value for name, value in FULL.items()}}, "without a prefix"),
+    "backbone": ({"model": behind("backbone.", ENCODER)}, "'backbone.'"),
+    "encoder, bare": (behind("encoder.", ENCODER), "'encoder.'"),
+    "model in model": ({"model": behind("model.", FULL)}, "'model.'"),
+    "Lightning": (
+        {"state_dict": behind("backbone.vit.", ENCODER) | {"loss.w": torch.zeros(1)}, "hyper_parameters": {}},
+        "'backbone.vit.' under 'state_dict'; left out 1 more, such as 'loss.w'",
+    ),
+    "Lightning, compiled": ({"state_dict": behind("model._orig_mod.", FULL)}, "'model._orig_mod.' under 'state_dict'"),
+    "DINO": (
+        {"student": behind("module.backbone.", OTHER), "teacher": behind("backbone.", ENCODER) | PROJECTOR},
+        "'backbone.' under 'teacher'; left out 2 more, such as 'head.mlp.0.weight'; there are also names that begin "
+        "with 'module.backbone.' under 'student'",
+    ),
+    "MoCo v3": (
+        {"state_dict": behind("module.momentum_encoder.", OTHER) | behind("module.base_encoder.", ENCODER)
+         | behind("module.base_encoder.", {"head.0.weight": torch.zeros(8, 64)}), "optimizer": {}},
+        "'module.base_encoder.' under 'state_dict'",
+    ),
+    "timm's trainer": (
+        {"state_dict": OTHER, "state_dict_ema": ENCODER, "args": argparse.Namespace(model="v", input_size=[3, 9, 9])},
+        "without a prefix under 'state_dict_ema'; there are also names without a prefix under 'state_dict'",
+    ),
+    "timm's trainer, no average": ({"state_dict": ENCODER, "arch": "vit"}, "without a prefix under 'state_dict'"),
+    "average beside": ({"model": ENCODER, "model_ema": OTHER}, ""),
+    "MAWS": (ENCODER, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_an_encoder_is_found_under_any_key_and_prefix_and_the_log_says_where(name, tmp_path):
+    state, told = FOREIGN[name]
+    torch.save(state, tmp_path / "w.pth")
+    model = models_vit.vit_tiny_patch4(num_classes=2)
+    with project_log() as lines:
+        checkpoint.load_pretrained(tmp_path / "w.pth", model)
+    weights = model.state_dict()
+    assert_same({key: weights[key] for key in ENCODER}, ENCODER)
+    took = [line for line in lines if "took the weights" in line]
+    assert (told in took[0] and len(took) == 1) if told else not took
+    encoder = build.open_model(tmp_path / "w.pth", encoder_only=True)
+    weights = encoder.state_dict()
+    assert_same({key: weights[key] for key in ENCODER}, ENCODER)
+    assert encoder.encode(torch.zeros(1, 3, 32, 32))[0].shape == (1, 64)
+
+
+def test_mmpretrain_s_encoder_is_found_under_its_names(tmp_path):
+    """As its converters for DeiT write them: tools/model_converters/deit3_to_mmpretrain.py."""
+    theirs = {}
+    for name, value in ENCODER.items():
+        for ours, other in (("patch_embed.proj.", "patch_embed.projection."), ("blocks.", "layers."), ("norm1", "ln1"),
+                            ("norm2", "ln2"), ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1")):  # fmt: skip
+            name = name.replace(ours, other)
+        theirs["backbone." + ("ln1" + name.removeprefix("norm") if name.startswith("norm.") else name)] = value
+    torch.save({"meta": {}, "state_dict": theirs | {"head.layers.head.weight": torch.zeros(3, 64)}}, tmp_path / "w.pth")
+    model = models_vit.vit_tiny_patch4(num_classes=2)
+    checkpoint.load_pretrained(tmp_path / "w.pth", model)
+    weights = model.state_dict()
+    assert_same({key: weights[key] for key in ENCODER}, ENCODER)
+    assert_same({f"backbone.{key}": value for key, value in convert.to_mmseg(ENCODER).items()}, theirs)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"state_dict": behind("online.", ENCODER) | behind("target.", OTHER)}, {"net_1": ENCODER, "net_2": OTHER},
+     behind("student.", ENCODER) | behind("student.twin.", OTHER)],
+    ids=range(3),
+)  # fmt: skip
+def test_which_of_several_encoders_is_asked_where_no_rule_tells(state, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="several encoders .*(target|net_2|twin).*save the one to use alone"):
+        checkpoint.load(tmp_path / "w.pth")
+
+
+OTHER_PARTS = {
+    "deit_tiny_distilled_patch16_224": "a distillation token (DeiT), dist_token",
+    "beit_base_patch16_224": "LayerScale (BEiT, DeiT III, DINOv2), blocks.0.gamma_1",
+    "deit3_small_patch16_224": "LayerScale (BEiT, DeiT III, DINOv2), blocks.0.ls1.gamma",
+    "vit_small_patch14_reg4_dinov2": "register tokens (DINOv2, DINOv3), reg_token",
+    "vit_base_patch16_clip_224": "a norm in front of its blocks (CLIP), norm_pre.bias",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PARTS)
+def test_what_other_vision_transformers_have_is_the_reason_that_is_told(name, tmp_path):
+    source = timm.create_model(name, pretrained=False, depth=1)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    width = source.embed_dim
+    model = models_vit.VisionTransformer(embed_dim=width, depth=1, num_heads=3, patch_size=16, num_classes=3)
+    for load in (
+        lambda: checkpoint.load_pretrained(tmp_path / "w.pth", model),
+        lambda: build.open_model(tmp_path / "w.pth", "vit_tiny_patch16"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"w.pth has {OTHER_PARTS[name]}, which the models here do not")):
+            load()
+
+
+def hugging_face_vit(architecture: str, config: str = "ViTConfig"):
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "intermediate_size": 256, "layer_norm_eps": 1e-6, "num_labels": 5}  # fmt: skip
+    return getattr(transformers, architecture)(getattr(transformers, config)(**sizes)).eval()
+
+
+def test_hugging_face_s_classifier_opens_as_one(tmp_path):
+    source = hugging_face_vit("ViTForImageClassification")
+    source.save_pretrained(tmp_path)
+    torch.save(published_names(source), tmp_path / "published.bin")
+    imgs = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = source(imgs).logits
+        for name in ("model.safetensors", "published.bin"):
+            model = build.open_model(tmp_path / name)
+            torch.testing.assert_close(model(imgs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hugging_face_s_other_models_are_taken_or_refused_with_the_reason(tmp_path):
+    hugging_face_vit("ViTModel").save_pretrained(tmp_path)
+    with project_log() as lines:
+        checkpoint.load_pretrained(tmp_path / "model.safetensors", models_vit.vit_tiny_patch4(num_classes=2))
+    assert any("left out vit.pooler.dense" in line for line in lines)
+    hugging_face_vit("DeiTForImageClassificationWithTeacher", "DeiTConfig").save_pretrained(tmp_path / "deit")
+    with pytest.raises(UserError, match="a distillation token"):
+        checkpoint.load_pretrained(tmp_path / "deit" / "model.safetensors", models_vit.vit_tiny_patch4(num_classes=2))
+
+
+def test_a_method_of_one_s_own_may_name_its_parts_as_wrappers_do(tmp_path):
+    """A model that has a file's names takes them as they are: no prefix is cut off."""
+    own = torch.nn.ModuleDict({"module": models_vit.vit_tiny_patch4(), "teacher": models_vit.vit_tiny_patch4()})
+    again = torch.nn.ModuleDict({"module": models_vit.vit_tiny_patch4(), "teacher": models_vit.vit_tiny_patch4()})
+    torch.save({"model": own.state_dict()}, tmp_path / "w.pth")
+    checkpoint.load_strictly(again, checkpoint.load(tmp_path / "w.pth")["model"], "w.pth")
+    assert_same(dict(again.state_dict()), dict(own.state_dict()))
+
+
+@pytest.mark.parametrize("state", [{"model": behind("net.", {"conv.weight": torch.zeros(1)})}, {"model": ENCODER}])
+def test_only_keys_that_a_file_has_or_lacks_are_told_of_it(state, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    for open_it in (
+        lambda: build.open_model(tmp_path / "w.pth", "mae_vit_tiny_patch16", encoder_only=True),
+        lambda: build.open_model(tmp_path / "w.pth", "mae_vit_tiny_patch4"),
+    ):
+        with pytest.raises(UserError) as error:
+            open_it()
+        holds = error.value.message.split("does not fit")[0].split("cannot reconstruct")[0]
+        assert "decoder" not in holds and ("net.conv.weight" in holds or "an encoder alone" in holds)
+
+
+# --eval: what is evaluated is what the file holds
+
+
+def eval_options(*options: str, script=main_finetune) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    parser = script.get_args_parser()
+    return parser.parse_args(["--eval", *options]), parser
+
+
+def classifier_file(folder, pool: bool = True, args: dict | None = None, **options) -> str:
+    model = models_vit.vit_tiny_patch4(num_classes=7, global_pool=pool, **options)
+    torch.save({"model": model.state_dict()} | ({"args": args} if args else {}), folder / "c.pth")
+    return str(folder / "c.pth")
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("args", [None, {"model": "vit_tiny_patch4", "input_size": [16, 64]}])
+def test_eval_takes_model_size_classes_and_pooling_from_the_file(args, pool, tmp_path):
+    size = (16, 64) if args else 32
+    path = classifier_file(tmp_path, pool, args, img_size=size)
+    given, parser = eval_options("--resume", path)
+    with project_log() as lines:
+        weights = build.take_options(given, parser, probe=False)
+    taken = given.model, given.input_size, given.nb_classes, given.global_pool
+    assert taken == ("vit_tiny_patch4", size, 7, pool)
+    checkpoint.load_strictly(models_vit.vit_tiny_patch4(img_size=size, num_classes=7, global_pool=pool), weights, path)
+    options = f"--model vit_tiny_patch4 --input_size {'16 64' if args else 32} --nb_classes 7"
+    assert lines[-1].endswith(options + ("" if pool else " --cls_token"))
+
+
+def test_eval_says_nothing_where_the_options_are_the_file_s(tmp_path):
+    path = classifier_file(tmp_path)
+    given, parser = eval_options(
+        "--resume", path, "--model", "vit_tiny_patch4", "--input_size", "32", "32", "--nb_classes", "7"
+    )
+    with project_log() as lines:
+        build.take_options(given, parser, probe=False)
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--model", "vit_base_patch16"], "takes --model vit_tiny_patch4: leave out --model vit_base_patch16"),
+     (["--input_size", "64"], "takes --input_size 32: leave out --input_size 64"),
+     (["--nb_classes", "10", "--cls_token"],
+      "takes --nb_classes 7 --global_pool: leave out --nb_classes 10 --cls_token")],
+    ids=["model", "size", "two"],
+)  # fmt: skip
+def test_an_option_that_contradicts_the_file_is_told_in_one_line(options, told, tmp_path):
+    given, parser = eval_options("--resume", classifier_file(tmp_path), *options)
+    with pytest.raises(UserError) as error:
+        build.take_options(given, parser, probe=False)
+    assert error.value.message.endswith(told) and len(error.value.message) < 400
+
+
+def test_eval_tells_classifiers_probes_and_autoencoders_apart(tmp_path):
+    given, parser = eval_options("--resume", classifier_file(tmp_path, False), script=main_linprobe)
+    with pytest.raises(UserError, match="no linear probe: evaluate it by main_finetune.py"):
+        build.take_options(given, parser, probe=True)
+    source = models_vit.vit_tiny_patch4(num_classes=7).eval()
+    source.head = torch.nn.Sequential(torch.nn.BatchNorm1d(64, affine=False, eps=1e-6), source.head).eval()
+    source.head[0].running_mean += 0.3
+    torch.save({"model": source.state_dict()}, tmp_path / "probe.pth")
+    for script, probe in ((main_linprobe, True), (main_finetune, False)):
+        given, parser = eval_options("--resume", str(tmp_path / "probe.pth"), script=script)
+        weights = build.take_options(given, parser, probe=probe)
+        assert not given.global_pool and given.nb_classes == 7 and ("head.1.weight" in weights) == probe
+    model = models_vit.vit_tiny_patch4(num_classes=7).eval()
+    model.load_state_dict(weights)
+    imgs = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(imgs), source(imgs), atol=1e-5, rtol=1e-5)
+    for weights in (FULL, ENCODER):
+        torch.save({"model": weights}, tmp_path / "mae.pth")
+        given, parser = eval_options("--resume", str(tmp_path / "mae.pth"))
+        with pytest.raises(UserError, match="--eval needs a classifier, and .* holds .*--finetune"):
+            build.take_options(given, parser, probe=False)
 
 
 # the model that a file describes, and released files by name

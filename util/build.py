@@ -120,7 +120,9 @@ def take_options(args: argparse.Namespace, parser: argparse.ArgumentParser, prob
     state = checkpoint.load(args.resume)
     weights = convert.to_our_names(state["model"], args.resume)
     holds, told = checkpoint.describe(weights), told_by({**state, "model": weights}, args.resume)
-    if checkpoint.is_masked_autoencoder(weights) or told.get("nb_classes") == 0:
+    encoder = {"cls_token", "pos_embed", "patch_embed", "blocks", "norm", "fc_norm"}
+    headless = {name.split(".")[0] for name in weights} <= encoder
+    if checkpoint.is_masked_autoencoder(weights) or headless:
         raise UserError(f"--eval needs a classifier, and {args.resume} holds {holds}. To start a classifier from it, "
                         "give it as --finetune")  # fmt: skip
     if probe and "head.weight" in weights:
