@@ -7,7 +7,7 @@ augmentation (or --recipe finetune) to 224 pixels, by
   ours, uint8   the loader processes' part of ours: pixels decoded, cropped and resized, in batches on the host
   ours          this project's loader: the device also mirrors and normalises
   ours, GPU     the same with --decode cuda (on CUDA alone)
-  decode alone  the limit: the same files decoded by torchvision, and nothing else
+  decode alone  the limit: the same files decoded as ours does, and nothing else
 in the same number of processes; then
   ours + step, synthetic + step   a pretraining step of --model, fed by our loader and by one batch on the device.
 Figures are images/s, medians over rounds that take the rows in turn. A measurement is one pass over the images, without

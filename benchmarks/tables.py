@@ -106,6 +106,10 @@ _CPU_LOADERS = {
         "fine-tuning", _LOADERS, "dataloader", f"{_ON_ONE_CORE} --recipe finetune", "OMP_NUM_THREADS=1"
     ),
 }
+_CPU_DECODERS = {
+    "cpu_decoders": Run("JPEG", ("Pillow", "simplejpeg", "torchvision", "TorchCodec", "ours"), "decoders", "",
+                        "OMP_NUM_THREADS=1")
+}  # fmt: skip
 
 _rate, _ratio, _share = "{:,.0f}".format, "{:.2f}".format, "{:.0%}".format
 _STEP_COLUMNS = {
@@ -122,12 +126,15 @@ _ATTENTION_COLUMNS = {
 }
 _LOADER_COLUMNS = {"images/s": ("images/s", _rate), "x plain": ("x plain", _ratio),
                    "of the limit": ("share of the limit", _share)}  # fmt: skip
+_DECODER_COLUMNS = {"images/s": ("images/s", _rate), "x Pillow": ("x Pillow", _ratio), "from": ("from", _ratio),
+                    "to": ("to", _ratio)}  # fmt: skip
 TABLES = {
     "gpu-step": Table(_GPU_STEPS, "step", _STEP_COLUMNS | {"peak GB": ("peak GB", "{:.1f}".format)}),
     "gpu-loader": Table(_GPU_LOADERS, "loader", _LOADER_COLUMNS),
     "cpu-step": Table(_CPU_STEPS, "step", _STEP_COLUMNS),
     "cpu-attention": Table(_CPU_ATTENTION, "attention", _ATTENTION_COLUMNS),
     "cpu-loader": Table(_CPU_LOADERS, "loader", _LOADER_COLUMNS),
+    "cpu-decoders": Table(_CPU_DECODERS, "decoder", _DECODER_COLUMNS),
 }
 RUNS = {name: run for table in TABLES.values() for name, run in table.runs.items()}
 

@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT, run
 
 import models_mae
-from benchmarks import attention, common, dataloader, rivals, tables, throughput
+from benchmarks import attention, common, dataloader, decoders, rivals, tables, throughput
 
 CPU = torch.device("cpu")
 
@@ -91,6 +91,21 @@ def test_attention_written_out_is_torch_s():
     expected = torch.nn.functional.scaled_dot_product_attention(*inputs)
     torch.testing.assert_close(attention.plain(*inputs), expected)
     assert attention.milliseconds(attention.plain, [x.requires_grad_() for x in inputs]) > 0
+
+
+def test_decoders_are_measured_where_they_give_pillow_s_pixels(monkeypatch, capsys):
+    def inverted():
+        return lambda data: 255 - decoders.by_pillow(data)
+
+    def missing():
+        raise ImportError("No module named 'x'")
+
+    monkeypatch.setattr(decoders, "DECODERS", {**decoders.DECODERS, "inverted": inverted, "missing": missing})
+    monkeypatch.setattr("sys.argv", ["decoders.py", "--rounds", "1"])
+    decoders.main()
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["Pillow"][1:] == ["1", "1", "1"] and float(rows["ours"][1]) > 0
+    assert rows["inverted"] == rows["missing"] == ["-"] * 4
 
 
 @pytest.mark.slow
@@ -205,8 +220,8 @@ def test_figures_fill_their_own_cells_and_others_stay_empty(tmp_path):
 def test_a_run_s_command_is_one_and_gives_the_rows_that_are_shown(name):
     """Parsed, not run: what is measured on a GPU must not fail there for want of an option."""
     run_ = tables.RUNS[name]
-    if run_.module == "attention":
-        return  # it has no options, and takes the names of its rows from where this table does
+    if run_.module in ("attention", "decoders"):
+        return  # they have no options; the former takes the names of its rows from where this table does
     args = {"throughput": throughput, "dataloader": dataloader}[run_.module].get_args(shlex.split(run_.options))
     if run_.module == "throughput":
         (model,) = args.models

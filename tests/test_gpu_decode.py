@@ -195,6 +195,13 @@ def test_memory_that_is_still_to_be_read_is_not_decoded_into(files):
     assert sums.unique().tolist() == [7 * 3 * 100 * 150]
 
 
+def test_a_torchvision_without_decoders_is_refused_before_the_first_step(files, monkeypatch):
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    on_gpu = TrainSampler(5, 5, 1, Dist(torch.device("cuda")), seed=0)
+    with pytest.raises(UserError, match="which this version has no more: pass --decode cpu"):
+        train_loader(Images(files, RECIPES["pretrain"]), on_gpu, 0, False, decode="cuda")
+
+
 def test_what_cannot_work_is_refused_before_the_first_step(files, tmp_path):
     data = write_image_folder(tmp_path / "data", n_train=4)
     tiny = ("--data_path", data, "--device", "cpu", "--input_size", 32, "--output_dir", "", "--log_dir", "")

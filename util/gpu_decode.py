@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torchvision.io
 from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset, default_collate
 
@@ -106,6 +107,8 @@ def check_gpu_decode(transform: RandomCrop, device: torch.device) -> None:
             "--decode cuda crops and flips alone, but --aa or --color_jitter work on the CPU: pass --decode cpu, or "
             "--aa '' without --color_jitter"
         )
+    if not hasattr(torchvision.io, "decode_jpeg"):  # deprecated since 0.29
+        raise UserError("--decode cuda needs torchvision's decoder, which this version has no more: pass --decode cpu")
 
 
 def _jpeg_size(data: torch.Tensor) -> tuple[int, int] | None:
@@ -126,13 +129,11 @@ def _jpeg_size(data: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _decode_jpegs(jpegs: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     if device.type == "cuda":
         # nvJPEG works on a stream of its own, and would write at once into memory that crops of the batch before are
         # still to be read from (torchvision's pull request 9606)
         torch.cuda.current_stream(device).synchronize()
-    return decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
+    return torchvision.io.decode_jpeg(jpegs, mode=torchvision.io.ImageReadMode.RGB, device=device)
 
 
 def _to_device(part: torch.Tensor, device: torch.device) -> torch.Tensor:
