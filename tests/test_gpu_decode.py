@@ -123,7 +123,7 @@ def test_a_jpeg_that_fails_in_the_decoder_is_replaced_with_its_label(files):
     assert EncodedImages(images)[0, 1][1] is not None  # it is left to the GPU
     with project_log() as lines:
         (imgs, labels), = batches(images, sampler, "cuda")  # fmt: skip
-    assert "decoded on the CPU, since the GPU cannot" in lines[0]
+    assert "decoded on the CPU, since the GPU cannot" in lines[-1]
     assert sorted(labels.tolist()) == [0, 2, 2, 3, 4]
     expected, expected_labels = batches(images, sampler, "cpu")[0]
     assert torch.equal(imgs, expected) and torch.equal(labels, expected_labels)
@@ -168,7 +168,7 @@ def test_a_crop_that_the_gpu_cannot_resize_is_left_to_the_cpu(files, monkeypatch
     monkeypatch.setattr(gpu_decode, "crop_and_resize", refuse)
     with project_log() as lines:
         (imgs, labels), = batches(images, sampler, "cuda")  # fmt: skip
-    assert "decoded on the CPU, since the GPU cannot: Too much shared memory required" in lines[0]
+    assert "decoded on the CPU, since the GPU cannot: Too much shared memory required" in lines[-1]
     assert torch.equal(imgs, expected[0][0]) and torch.equal(labels, expected[0][1])
 
 

@@ -132,11 +132,8 @@ class _Listing:
         if ending not in IMG_EXTENSIONS:
             self.left_out[f"ending in {printable(ending)[:16]}" if ending else "without an ending"] += 1
             return False
-        try:
-            if entry.is_file() or not os.path.exists(entry.path):  # reading a link that leads nowhere will say so
-                return True
-        except OSError:
-            return True
+        if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
+            return True  # or a link to nowhere, which is told when it is read
         self.left_out["pipes, sockets or devices"] += 1
         return False
 
