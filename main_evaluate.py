@@ -160,7 +160,7 @@ def open_classifier(args: argparse.Namespace) -> tuple[str, nn.Module, object, P
     name, model = build.open_named(args.resume, args.model, args.input_size)
     if not isinstance(getattr(model, "head", None), nn.Linear):
         raise UserError(f"{args.resume} holds no classifier, but {name} without a head: fine-tune or probe it first")
-    pooled = model.global_pool == "avg"
+    pooled = bool(model.global_pool)
     if args.global_pool not in (None, pooled):
         wanted, other = ("--global_pool", "--cls_token")[:: 1 if args.global_pool else -1]
         raise UserError(f"{wanted}: {args.resume} was trained with {other}: leave the option out")

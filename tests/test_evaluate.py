@@ -514,7 +514,10 @@ def test_own_classifier_on_own_sets(script, tmp_path, capsys):
     assert load(file)["classes"] == ["b10", "b9", "cat"]
     stats = json.loads((tmp_path / "run" / "log.txt").read_text().splitlines()[-1])
     sets = ("--set", f"val={data / 'val'}")
-    row = run(*sets, "--per_class", output_dir=tmp_path / "out", resume=file)["sets"]["val"]
+    pooling = ("--global_pool", "--cls_token")[:: 1 if script is main_finetune else -1]
+    row = run(*sets, "--per_class", pooling[0], output_dir=tmp_path / "out", resume=file)["sets"]["val"]
+    with pytest.raises(UserError, match=f"{pooling[1]}: .* was trained with {pooling[0]}"):
+        run(*sets, pooling[1], output_dir=tmp_path / "out", resume=file)
     assert row["acc1"] == pytest.approx(stats["test_acc1"], abs=1e-5)
     assert row["loss"] == pytest.approx(stats["test_loss"], abs=2e-5) and "partial" not in row
     assert Image.open(tmp_path / "out" / "confusion_val.png").size > (100, 100)
