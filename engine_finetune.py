@@ -9,12 +9,12 @@ from timm.data.random_erasing import RandomErasing
 from torch import nn
 
 from util import rng
+from util.data.loader import DeviceLoader
 from util.dist import Dist, share_buffers, sum_over_ranks
-from util.loader import DeviceLoader
 from util.log import log
 from util.lr_sched import Schedule, adjust_learning_rate
-from util.progress import Progress
-from util.run import Run
+from util.run.progress import Progress
+from util.run.run import Run
 from util.step import Step
 
 

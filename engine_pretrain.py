@@ -3,9 +3,9 @@
 from torch import nn
 
 from util import rng
-from util.loader import DeviceLoader
+from util.data.loader import DeviceLoader
 from util.lr_sched import Schedule, adjust_learning_rate
-from util.run import Run
+from util.run.run import Run
 from util.step import Step
 
 

@@ -7,15 +7,17 @@ import torch
 from torch import nn
 
 import models_vit
-from util import build, cli, download, exits, speed, workers
-from util.data import robustness
+from util import cli, speed
+from util.data import robustness, workers
 from util.data.parts import parts_loader
 from util.dist import init_distributed, on_main, shutdown
 from util.errors import UserError
 from util.log import log, setup_logging
 from util.look import charts, results, tables
 from util.look.records import Watch, evaluate
+from util.run import exits
 from util.step import autocast_dtype
+from util.weights import build, download
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -11,16 +11,19 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import build, checkpoint, cli, datasets, exits, flops, loader, readers, rng, speed, workers
+from util import cli, flops, rng, speed
+from util.data import datasets, loader, readers, workers
 from util.dist import check_ranks_agree, shutdown, wrap
 from util.errors import UserError
 from util.log import log
 from util.lr_decay import param_groups_lrd
 from util.lr_sched import Schedule, scaled_lr
-from util.resume import will_resume
-from util.run import Run, begin
+from util.run import exits
+from util.run.resume import will_resume
+from util.run.run import Run, begin
 from util.step import Step, autocast_dtype
 from util.transforms import eval_transform, finetune_transform
+from util.weights import build, checkpoint
 
 
 def get_args_parser() -> argparse.ArgumentParser:

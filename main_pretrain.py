@@ -7,14 +7,16 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, datasets, exits, flops, loader, readers, rng, speed, workers
+from util import cli, flops, rng, speed
+from util.data import datasets, loader, readers, workers
 from util.dist import check_ranks_agree, shutdown, wrap
 from util.log import log
+from util.look.watch import Watch
 from util.lr_sched import Schedule, scaled_lr
-from util.run import Run, begin
+from util.run import exits
+from util.run.run import Run, begin
 from util.step import Step, autocast_dtype
 from util.transforms import pretrain_transform
-from util.watch import Watch
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Submit main_pretrain.py to SLURM, with its options and those of the submission: see --help."""
 
 import main_pretrain
-from util.slurm import submit
+from util.run.slurm import submit
 
 if __name__ == "__main__":
     submit(main_pretrain)

@@ -32,10 +32,10 @@ from torchvision.datasets import ImageFolder
 import models_mae
 from benchmarks import common
 from benchmarks.rivals import RANDAUGMENT, plain_recipe, pretraining_step
-from util import datasets
-from util.decode import decode
+from util.data import datasets
+from util.data.decode import decode
+from util.data.loader import train_loader
 from util.dist import Dist, available_cores
-from util.loader import train_loader
 from util.transforms import finetune_transform, posterize_to_black, pretrain_transform
 
 SIDE = 224

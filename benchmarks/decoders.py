@@ -1,9 +1,9 @@
 """How fast one core decodes photographs as JPEG, by every decoder that is installed: python -m benchmarks.decoders
 
 The photographs are those of benchmarks/dataloader.py, 500 x 375 pixels, decoded from memory to uint8 RGB. *Pillow* is
-convert("RGB") as an array; *ours* is util/decode.py with its limits. Figures are images per second of CPU time, medians
-over rounds that take the rows in turn, since others may use the machine; `x Pillow` is the median of the ratios within
-a round, between their quartiles. A row whose pixels are not Pillow's has no figures.
+convert("RGB") as an array; *ours* is util/data/decode.py with its limits. Figures are images per second of CPU time,
+medians over rounds that take the rows in turn, since others may use the machine; `x Pillow` is the median of the ratios
+within a round, between their quartiles. A row whose pixels are not Pillow's has no figures.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks import common
 from benchmarks.dataloader import PHOTOS, write_photographs
-from util.decode import JPEG_DECODER, decode
+from util.data.decode import JPEG_DECODER, decode
 
 
 def main() -> None:

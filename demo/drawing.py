@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
-from util import checkpoint
-from util.build import find, open_model
-from util.contents import options_of
-from util.visualize import from_images, mask_noise, reconstruct, removed_patches, seeded_noise
+from util.look.visualize import from_images, mask_noise, reconstruct, removed_patches, seeded_noise
+from util.weights import checkpoint
+from util.weights.build import find, open_model
+from util.weights.untrusted import options_of
 
 IMAGENET = "ImageNet's 1.3 million photographs"
 RELEASED = {

@@ -20,14 +20,16 @@ from pathlib import Path
 import torch
 
 import models_mae
-from util import checkpoint, exits, files, rng
-from util.datasets import Images, list_classes
+from util import rng
+from util.data.datasets import Images, list_classes
+from util.data.loader import DeviceLoader, eval_loader
 from util.dist import Dist
 from util.errors import UserError
-from util.knn import knn_accuracy, mean_features
-from util.loader import DeviceLoader, eval_loader
+from util.look.features import knn_accuracy, mean_features
+from util.look.visualize import reconstruct, seeded_noise, sheet
+from util.run import exits, files
 from util.transforms import eval_transform
-from util.visualize import reconstruct, seeded_noise, sheet
+from util.weights import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "tiny_patch4"

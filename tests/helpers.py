@@ -71,7 +71,7 @@ def _run(command: list[str], cwd: Path | None, code: int, env: dict[str, str]) -
 def quiet_run(step, env=None, **options):
     """A Run for `step`, for engines that are called by themselves: it saves and writes nothing."""
     from util.dist import Dist
-    from util.run import Run
+    from util.run.run import Run
 
     defaults = dict(
         epochs=9, batch_size=1, accum_iter=step.accum_iter, save_every=1, save_minutes=None, keep_last=None, resume="",

@@ -24,7 +24,7 @@ from PIL import Image
 
 import models_mae
 from util.errors import UserError
-from util.visualize import from_images, mask_noise, reconstruct
+from util.look.visualize import from_images, mask_noise, reconstruct
 
 gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")  # comes with gradio

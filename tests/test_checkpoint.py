@@ -14,9 +14,9 @@ from torch import nn
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util import checkpoint
-from util.checkpoint import load_full_mae, load_pretrained, resume_for_eval
 from util.errors import UserError
+from util.weights import checkpoint
+from util.weights.checkpoint import load_full_mae, load_pretrained, resume_for_eval
 
 WIDTH = 16
 mae = partial(

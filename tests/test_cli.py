@@ -14,8 +14,9 @@ import main_linprobe
 import main_pretrain
 import models_mae
 import models_vit
-from util import cli, exits, slurm
+from util import cli
 from util.errors import UserError
+from util.run import exits, slurm
 from util.step import Step
 
 MAINS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}

@@ -16,8 +16,8 @@ import main_finetune
 import main_linprobe
 import models_mae
 import models_vit
-from util import build, checkpoint, convert, download
 from util.errors import UserError
+from util.weights import build, checkpoint, convert, download
 
 transformers = pytest.importorskip("transformers")
 

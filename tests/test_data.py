@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from util import dist
-from util.datasets import (
+from util.data.datasets import (
     Images,
     PackedFiles,
     TrainSampler,
@@ -27,12 +27,12 @@ from util.datasets import (
     list_images,
     report_bad,
 )
+from util.data.loader import eval_loader, normalise, train_loader
+from util.data.readers import pretraining_images
+from util.data.workers import available_workers
 from util.dist import Dist
 from util.errors import UserError
-from util.loader import eval_loader, normalise, train_loader
-from util.readers import pretraining_images
 from util.transforms import eval_transform, finetune_transform, linprobe_transform, pretrain_transform
-from util.workers import available_workers
 
 
 def env(rank: int = 0, world_size: int = 1, per_node: int = 1) -> Dist:
@@ -382,7 +382,7 @@ def test_words_of_a_decoder_are_bounded_and_escaped(tmp_path, monkeypatch):
     def fail(_):
         raise OSError("\x1b]0;title\x07" * 1000)
 
-    monkeypatch.setattr("util.datasets.decode", fail)
+    monkeypatch.setattr("util.data.datasets.decode", fail)
     with pytest.raises(UserError) as error:
         Images(list_images(tmp_path), as_it_is)[0]
     assert error.value.message.isprintable() and len(error.value.message) < 1000

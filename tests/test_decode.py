@@ -15,8 +15,8 @@ import torch
 from helpers import project_log
 from PIL import Image
 
-from util import decode as decoding
-from util.decode import decode, jpeg_frame, to_rgb
+from util.data import decode as decoding
+from util.data.decode import decode, jpeg_frame, to_rgb
 from util.errors import UserError
 
 PHOTO = Image.fromarray(skimage.data.astronaut()).resize((60, 40))
@@ -95,7 +95,7 @@ def decoder(request, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     if request.param != "Pillow":
         pytest.importorskip(request.param)
-    spec = importlib.util.find_spec("util.decode")
+    spec = importlib.util.find_spec("util.data.decode")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.JPEG_DECODER == request.param

@@ -20,15 +20,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import engine_pretrain
 import main_finetune
 import main_pretrain
-import util.run
+import util.run.run
 from engine_finetune import evaluate
 from models_mae import mae_vit_tiny_patch4
 from models_vit import vit_tiny_patch4
 from util import dist, rng
-from util.datasets import Images
+from util.data.datasets import Images
+from util.data.loader import eval_loader
 from util.dist import Dist, _launched, check_ranks_agree, init_distributed, mean_over_ranks, shutdown, wrap
 from util.errors import FailedError, NonFiniteLossError, UserError
-from util.loader import eval_loader
 from util.lr_sched import Schedule
 from util.step import Step
 from util.transforms import eval_transform
@@ -124,7 +124,7 @@ def nan_error(env: Dist) -> str:
 
 def refusal(env: Dist, script, *options: object) -> str:
     """What a script says to this rank about options that other ranks do not have; nothing if it trains."""
-    util.run.init_distributed, script.shutdown = lambda *_: env, lambda: None
+    util.run.run.init_distributed, script.shutdown = lambda *_: env, lambda: None
     tiny = ("--model", "vit_tiny_patch4" if script is main_finetune else "mae_vit_tiny_patch4", "--input_size", 16)
     args = (*tiny, "--batch_size", 2, "--epochs", 1, "--num_workers", 0, "--output_dir", "", "--log_dir", "", *ON_CPU)
     try:
@@ -159,7 +159,7 @@ def worker(folder: Path) -> None:
     own = ("--data_path", folder / ("images", "copy")[env.rank], "--num_workers", env.rank, "--device", "cpu")
     refusals["nothing"] = refusal(env, main_pretrain, *own)
     # the script finds this group, which stays for the other checks
-    util.run.init_distributed, main_finetune.shutdown = lambda *_: env, lambda: None
+    util.run.run.init_distributed, main_finetune.shutdown = lambda *_: env, lambda: None
     results = {
         "script": evaluate_by_script(folder, f"rank-{env.rank}", "--dist_eval"),
         "env": [env.rank, env.local_rank, env.world_size, env.local_world_size],
@@ -487,4 +487,4 @@ def test_one_process_of_mpirun_needs_no_meeting_point(launcher):
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
-    gc.collect()  # as util/exits.py does, and why
+    gc.collect()  # as util/run/exits.py does, and why

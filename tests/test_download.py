@@ -21,8 +21,8 @@ import pytest
 import torch
 from helpers import ROOT, project_log
 
-from util import checkpoint, download
 from util.errors import UserError
+from util.weights import checkpoint, download
 
 BYTES = np.random.default_rng(0).bytes(300_000)
 OTHER = np.random.default_rng(1).bytes(300_000)

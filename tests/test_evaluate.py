@@ -21,14 +21,14 @@ import main_evaluate
 import main_finetune
 import main_linprobe
 import models_vit
-from util import download
 from util.data import robustness
+from util.data.loader import normalise
 from util.dist import Dist
 from util.errors import NonFiniteLossError, UserError
-from util.loader import normalise
 from util.look import results
 from util.look.records import evaluate
 from util.transforms import CentreCrop, eval_transform
+from util.weights import download
 
 WNIDS = ImageNetInfo("imagenet-1k").label_names()
 # typed anew, in the order in which the authors of ImageNet-C list them

@@ -16,12 +16,12 @@ from helpers import ON_CPU, ROOT, _environment, torchrun, write_image, write_ima
 from torch.utils.data import DataLoader
 
 import main_pretrain
-from util import exits, slurm
-from util.datasets import Images, list_images
+from util.data.datasets import Images, list_images
 from util.dist import Dist, init_distributed, on_main
 from util.errors import FailedError, NonFiniteLossError, NotSavedError, UserError
-from util.exits import Signals, Stopped
 from util.log import setup_logging
+from util.run import exits, slurm
+from util.run.exits import Signals, Stopped
 
 ENV = Dist(torch.device("cpu"))
 
@@ -113,9 +113,9 @@ def test_signal_while_the_interpreter_ends_changes_no_exit_code(leave, code, num
     """By then Python has put the default handlers back: only what is ignored stays so."""
     script = f"""
 import argparse, os, signal, sys, torch
-from util import exits
+from util.run import exits
 from util.dist import Dist
-from util.exits import Signals, Stopped
+from util.run.exits import Signals, Stopped
 
 class Last:
     def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{number}, write=os.write):

@@ -19,11 +19,11 @@ from transformers import AutoImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
 import models_mae
 import models_vit
-from util import build
-from util.checkpoint import load_pretrained
 from util.errors import UserError
 from util.export import export, main
 from util.transforms import eval_transform
+from util.weights import build
+from util.weights.checkpoint import load_pretrained
 
 
 def close(a, b):

@@ -16,7 +16,7 @@ import pytest
 from faults import OPTIONS, assert_same_end, check_files
 from helpers import ROOT, _environment, load, torchrun, write_image_folder
 
-from util.files import checkpoints
+from util.run.files import checkpoints
 
 pytestmark = pytest.mark.slow
 

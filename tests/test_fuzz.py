@@ -33,12 +33,14 @@ import main_linprobe
 import main_pretrain
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util import checkpoint, cli, exits, untrusted
-from util.datasets import Images
+from util import cli
+from util.data.datasets import Images
 from util.dist import Dist
 from util.errors import UserError
-from util.resume import resume
+from util.run import exits
+from util.run.resume import resume
 from util.transforms import eval_transform, pretrain_transform
+from util.weights import checkpoint, untrusted
 
 SECONDS, GIGABYTES = 20, 6  # more than any case takes, even on a busy machine
 

@@ -12,12 +12,12 @@ import torchvision.io
 from helpers import project_log, run, write_image_folder
 from PIL import Image
 
-from util import gpu_decode, loader
-from util.datasets import Images, TrainSampler
+from util.data import gpu_decode, loader
+from util.data.datasets import Images, TrainSampler
+from util.data.gpu_decode import EncodedImages
+from util.data.loader import train_loader
 from util.dist import Dist
 from util.errors import UserError
-from util.gpu_decode import EncodedImages
-from util.loader import train_loader
 from util.transforms import finetune_transform, linprobe_transform, pretrain_transform
 
 CPU = Dist(torch.device("cpu"))

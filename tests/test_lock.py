@@ -11,16 +11,16 @@ import pytest
 from helpers import ON_CPU, _environment, run, write_image_folder
 from test_saving import saver
 
-from util import lock
-from util import run as running
 from util.errors import UserError
+from util.run import lock
+from util.run import run as running
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this system has no such locks")
 
 HOLD = """
 import multiprocessing, sys, time
 from pathlib import Path
-from util.lock import take
+from util.run.lock import take
 file = take(Path(sys.argv[1]))
 child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
 child.start()
@@ -72,7 +72,7 @@ def test_a_saver_waits_two_minutes_or_half_of_what_others_wait_for_it(tmp_path, 
 
 def test_a_saver_gives_the_folder_up_when_its_run_is_over_or_refused(tmp_path):
     def is_free() -> bool:
-        command = [sys.executable, "-c", "import os, sys; from pathlib import Path; from util.lock import take; "
+        command = [sys.executable, "-c", "import os, sys; from pathlib import Path; from util.run.lock import take; "
                    "os.close(take(Path(sys.argv[1])))", tmp_path / ".lock"]  # fmt: skip
         return subprocess.run(command, env=_environment(), capture_output=True).returncode == 0
 

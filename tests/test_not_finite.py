@@ -9,12 +9,12 @@ from test_scripts import PRETRAIN, log_txt, train
 from torch import nn
 
 import main_pretrain
-from util import exits, progress
 from util.dist import shutdown
 from util.errors import NonFiniteLossError
-from util.files import checkpoints
 from util.lars import LARS
-from util.not_finite import IN_A_ROW, WINDOW, Strikes
+from util.run import exits, progress
+from util.run.files import checkpoints
+from util.run.not_finite import IN_A_ROW, WINDOW, Strikes
 from util.step import Step
 
 DEVICE = torch.device("cpu")
@@ -288,4 +288,4 @@ if __name__ == "__main__":
     import sys
 
     worker(*sys.argv[1:])
-    gc.collect()  # as util/exits.py does, and why
+    gc.collect()  # as util/run/exits.py does, and why

@@ -42,9 +42,9 @@ from util.pos_embed import (
     get_2d_sincos_pos_embed_from_grid,
     interpolate_pos_embed,
 )
-from util.resume import load_training_state
-from util.run import Run
-from util.run_log import RunLog
+from util.run.resume import load_training_state
+from util.run.run import Run
+from util.run.run_log import RunLog
 from util.step import Step, autocast_dtype
 
 CPU = Dist(torch.device("cpu"))
@@ -360,7 +360,7 @@ def set_up(script, options: str, root, monkeypatch) -> tuple:
         raise Caught(args, options)
 
     monkeypatch.setattr(script, "train_one_epoch", catch)
-    monkeypatch.setattr("util.run.setup_logging", lambda env, output_dir: None)
+    monkeypatch.setattr("util.run.run.setup_logging", lambda env, output_dir: None)
     data = write_image_folder(root, n_train=2, n_val=1)
     common = f"--data_path {data} --epochs 7 --warmup_epochs 3 --num_workers 0 --device cpu --amp off".split()
     with pytest.raises(Caught) as caught:

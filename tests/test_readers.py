@@ -18,11 +18,11 @@ import torch
 from helpers import ON_CPU, ROOT, run, torchrun
 from PIL import Image
 
-from util.datasets import TrainSampler
+from util.data.datasets import TrainSampler
+from util.data.loader import eval_loader, train_loader
+from util.data.readers import labelled_images, pretraining_images
 from util.dist import Dist
 from util.errors import UserError
-from util.loader import eval_loader, train_loader
-from util.readers import labelled_images, pretraining_images
 from util.transforms import eval_transform, pretrain_transform
 
 pytest.importorskip("webdataset")

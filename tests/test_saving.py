@@ -26,23 +26,25 @@ from torch.testing import assert_close
 import main_pretrain
 import models_mae
 import models_vit
-import util.resume
+import util.run.resume
 from engine_finetune import evaluate
-from util import checkpoint, datasets, files
-from util import run as running
-from util.datasets import Images, list_images, report_bad
+from util.data import datasets
+from util.data.datasets import Images, list_images, report_bad
 from util.dist import Dist
 from util.errors import NonFiniteLossError, NotSavedError, UserError
-from util.exits import Stopped
-from util.files import checkpoints, save
 from util.lr_decay import param_groups_lrd
-from util.progress import Part
-from util.resume import Start, newest, refuse_second_run, resume, will_resume
 from util.rng import image_order
-from util.run import Run
-from util.run_log import RunLog
+from util.run import files
+from util.run import run as running
+from util.run.exits import Stopped
+from util.run.files import checkpoints, save
+from util.run.progress import Part
+from util.run.resume import Start, newest, refuse_second_run, resume, will_resume
+from util.run.run import Run
+from util.run.run_log import RunLog
 from util.step import Step
 from util.transforms import eval_transform
+from util.weights import checkpoint
 
 ENV = Dist(torch.device("cpu"))
 OPTIONS = {
@@ -604,7 +606,7 @@ def test_other_numbers_of_training_images_are_named(tmp_path):
 
 def test_all_ranks_hear_from_rank_0_whether_there_is_something_to_resume(tmp_path, monkeypatch):
     """On a network disk one may see a file that another does not yet."""
-    monkeypatch.setattr(util.resume, "on_main", lambda env, look: ["said by rank 0", look()])
+    monkeypatch.setattr(util.run.resume, "on_main", lambda env, look: ["said by rank 0", look()])
     args = options(tmp_path, resume="auto")
     assert will_resume(ENV, args) == ["said by rank 0", False]
     saver(tmp_path).save_epoch(0)

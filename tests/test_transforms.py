@@ -15,9 +15,9 @@ from torchvision.transforms import InterpolationMode
 
 from util import rng, transforms
 from util.crop import RandomResizedCrop
-from util.decode import decode
+from util.data.decode import decode
+from util.data.loader import normalise
 from util.errors import UserError
-from util.loader import normalise
 from util.transforms import eval_transform, finetune_transform, linprobe_transform, pretrain_transform
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -28,11 +28,14 @@ from models_mae import MODELS as MAE_MODELS
 from models_mae import MaskedAutoencoderViT
 from models_vit import MODELS as VIT_MODELS
 from models_vit import VisionTransformer
-from util import build, checkpoint, contents, convert, export, resume
-from util.checkpoint import describe
+from util import export
 from util.dist import Dist
 from util.errors import UserError
 from util.lars import LARS
+from util.run import resume
+from util.run.training_state import check_training_state
+from util.weights import build, checkpoint, convert
+from util.weights.checkpoint import describe
 
 
 def bytes_of(save, *args, **kwargs) -> bytes:
@@ -594,9 +597,9 @@ def test_training_state_that_cannot_go_on_is_refused(name, tmp_path):
         "progress": {"sums": {"loss": 1.0, "lr": 1.0}, "counts": {"loss": 2, "lr": 2}},
         "best": (50.0, 2), "max_accuracy": 50.0,
     }  # fmt: skip
-    contents.check_training_state(state, optimizer, scaler)
+    check_training_state(state, optimizer, scaler)
     with pytest.raises(ValueError, match=re.escape(expected)):
-        contents.check_training_state(changed(state, path, value), optimizer, scaler)
+        check_training_state(changed(state, path, value), optimizer, scaler)
 
 
 def test_state_of_another_optimizer_is_refused():
@@ -604,8 +607,8 @@ def test_state_of_another_optimizer_is_refused():
     for ours, theirs in (("AdamW", "LARS"), ("LARS", "AdamW")):
         state = {"epoch": 3, "optimizer": both[theirs].state_dict()}
         with pytest.raises(ValueError, match="lacks"):
-            contents.check_training_state(state, both[ours])
-        contents.check_training_state({"epoch": 3, "optimizer": both[ours].state_dict()}, both[ours])
+            check_training_state(state, both[ours])
+        check_training_state({"epoch": 3, "optimizer": both[ours].state_dict()}, both[ours])
 
 
 # the rule itself
@@ -634,7 +637,7 @@ def test_no_file_of_the_project_is_ever_loaded_as_code():
                 assert name not in forbidden, f"{path}:{node.lineno} {name}"
                 if name == "np.load":
                     assert "allow_pickle" not in ast.unparse(node), f"{path}:{node.lineno}"
-    assert "util/untrusted.py" in loads and len(loads) >= 2
+    assert "util/weights/untrusted.py" in loads and len(loads) >= 2
 
 
 def test_namespace_is_allowed_for_our_call_alone(tmp_path):

@@ -11,10 +11,10 @@ from PIL import Image
 
 import models_mae
 import models_vit
-from util.attention import class_attention
-from util.decode import decode
+from util.data.decode import decode
 from util.errors import UserError
-from util.visualize import (
+from util.look.features import class_attention
+from util.look.visualize import (
     KINDS,
     from_images,
     heat,

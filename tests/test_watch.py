@@ -11,13 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_pretrain
 import models_mae
-from util.datasets import Images, list_images
+from util.data.datasets import Images, list_images
 from util.dist import Dist
 from util.errors import UserError
-from util.knn import knn_accuracy
-from util.run_log import RunLog
+from util.look.features import knn_accuracy
+from util.look.watch import Watch, _labelled_files, mean_image_loss
+from util.run.run_log import RunLog
 from util.transforms import pretrain_transform
-from util.watch import Watch, _labelled_files, mean_image_loss
 
 CPU = Dist(torch.device("cpu"))
 TINY = ("--model", "mae_vit_tiny_patch4", "--input_size", 16, "--batch_size", 8, "--warmup_epochs", 1, *ON_CPU)
@@ -266,8 +266,8 @@ def test_the_mean_image_s_loss_is_the_model_s_own():
 
 
 def test_a_rank_does_as_the_one_that_could_not_read(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("util.watch.gather_on_all", lambda mine: [mine, UserError("a disk is gone")])
-    monkeypatch.setattr("util.watch.gather", None)  # would wait for the other rank
+    monkeypatch.setattr("util.look.watch.gather_on_all", lambda mine: [mine, UserError("a disk is gone")])
+    monkeypatch.setattr("util.look.watch.gather", None)  # would wait for the other rank
     messages, seen = said_after(watch(images, knn_every=1), tmp_path / "board", n_epochs=1)
     assert seen == [{}] and "no nearest neighbours from here on: a disk is gone" in messages
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
+from util.data.workers import batches, open_loader, worker_options
 from util.errors import FailedError, UserError
-from util.workers import batches, open_loader, worker_options
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="no such signals here")
 

@@ -2,7 +2,7 @@
 
 timm          the encoder, or a classifier, as timm's VisionTransformer names its weights (.safetensors)
 hf            a folder for Hugging Face's ViTMAEModel (encoder) or ViTMAEForPreTraining (--part full)
-safetensors   our own names; reads back as --finetune and in util/build.py
+safetensors   our own names; reads back as --finetune and in util/weights/build.py
 onnx          encoder: images -> class_token, patch_map; --part full: images, noise -> loss, pred, mask;
               a classifier: images -> logits. Any batch size.
 detectron2    the encoder for ViTDet (.pth)
@@ -21,11 +21,12 @@ from torch import nn
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import check_divisible
-from util import checkpoint, cli, convert
-from util.build import find, is_decoder, open_named
+from util import cli
 from util.errors import UserError, fail
 from util.pos_embed import resample
 from util.transforms import eval_crop_share
+from util.weights import checkpoint, convert
+from util.weights.build import find, is_decoder, open_named
 
 ENDINGS = {"timm": ".timm.safetensors", "hf": "-hf", "safetensors": ".safetensors", "onnx": ".onnx"}
 ENDINGS |= {"detectron2": ".detectron2.pth", "mmseg": ".mmseg.pth"}
@@ -220,7 +221,8 @@ def export(
     mask_ratio: float = 0.75,
     patch_size: int | None = None,
 ) -> tuple[Path, str]:
-    """Write `source` (see util/build.py) in the format `to`; returns the new path and the line of Python that loads it.
+    """Write `source` (see util/weights/build.py) in the format `to`; returns the new path and the line of Python that
+    loads it.
 
     The path has the format's ending, whatever `output` has. Raises UserError for bad input, and where the output exists
     already or cannot be written.

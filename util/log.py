@@ -1,4 +1,4 @@
-"""What a run says, on the terminal and in train.log. The lines about steps are made in util/progress.py."""
+"""What a run says, on the terminal and in train.log. The lines about steps are made in util/run/progress.py."""
 
 import logging
 import sys

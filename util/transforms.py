@@ -1,7 +1,7 @@
 """From decoded pixels to a network's input size, for each recipe, in uint8. Sizes are one number or (height, width).
 
 A transform returns the pixels [h, w, 3] and whether they are still to be mirrored: mirroring and normalising are the
-device's work (util/loader.py).
+device's work (util/data/loader.py).
 """
 
 from collections.abc import Callable

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from util.data.datasets import Images
+from util.data.loader import DeviceLoader
 from util.data.robustness import Part
-from util.datasets import Images
+from util.data.workers import worker_options
 from util.dist import Dist
 from util.errors import UserError
-from util.loader import DeviceLoader
-from util.workers import worker_options
 
 
 def parts_loader(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo
 
-from util.datasets import PackedFiles, list_classes
+from util.data.datasets import PackedFiles, list_classes
 from util.errors import UserError
 from util.log import log
 from util.transforms import CentreCrop, Size, eval_transform

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from util.data.loader import DeviceLoader
 from util.data.robustness import Part
 from util.dist import Dist, gather_on_all
 from util.errors import NonFiniteLossError
-from util.loader import DeviceLoader
 from util.log import log
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from util import lock
 from util.data.robustness import ALEXNET, EXTRA, IMAGES, SETS, STRENGTHS, Part
-from util.download import MD5
 from util.errors import NotSavedError, UserError
 from util.log import log
 from util.look.tables import as_csv, as_markdown
+from util.run import lock
+from util.weights.download import MD5
 
 # of the authors' fine-tuned files: Acc@1 as they checked it, and their table of robustness (paper, table 13)
 PUBLISHED = {

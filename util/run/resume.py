@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import checkpoint, contents
 from util.dist import Dist, on_main
 from util.errors import UserError
-from util.files import checkpoints
 from util.log import log
-from util.progress import Part
+from util.run.files import checkpoints
+from util.run.progress import Part
+from util.run.training_state import check_training_state, shown
+from util.weights import checkpoint
+from util.weights.untrusted import options_of
 
 # options that may differ between a checkpoint and the run that continues it without a warning: they change no weight,
 # or (the first three) only as a product, which is compared
@@ -98,7 +100,7 @@ def resume(
     if not path:
         return Start(args.start_epoch)
     state = checkpoint.load(path)
-    saved_args = contents.options_of(state)
+    saved_args = options_of(state)
     _check_size(path, saved_args, args)
     checkpoint.load_strictly(model, state["model"], path)
     if not has_training_state(state):
@@ -140,12 +142,12 @@ def _check_trained(path: str | Path, there: object, here: list[str]) -> None:
     if there is None or there == here:
         return
     if not isinstance(there, list) or not all(isinstance(name, str) for name in there):
-        raise UserError(f"{path}: its list of trained parameters is {contents.shown(there)}, with others than names")
+        raise UserError(f"{path}: its list of trained parameters is {shown(there)}, with others than names")
     what = []
     for one, other, where in ((there, here, "only there"), (here, there, "only here")):
         known = set(other)
         if names := [name for name in one if name not in known]:
-            what.append(f"{len(names)} {where}, such as {contents.shown(names[0])}")
+            what.append(f"{len(names)} {where}, such as {shown(names[0])}")
     raise UserError(
         f"{path} is of a run that trained {len(there)} parameters, here {len(here)}: "
         f"{', '.join(what) or 'the same ones in another order'}. Freeze the same ones as there"
@@ -162,10 +164,10 @@ def load_training_state(
 ) -> None:
     """Load the moments and, where `state` has one, the loss scale, of the checkpoint at `path`; UserError if unfit.
 
-    Of the optimizer's options only the rate is the file's: see `contents.check_training_state`.
+    Of the optimizer's options only the rate is the file's: see `check_training_state`.
     """
     try:
-        optimizer.load_state_dict(contents.check_training_state(state, optimizer, scaler))
+        optimizer.load_state_dict(check_training_state(state, optimizer, scaler))
     except (ValueError, LookupError, TypeError, ArithmeticError) as error:  # of the check, or the optimizer's reader
         raise UserError(
             f"the training state of {path} does not fit: {str(error)[:1000]}. Resume with the options it was trained "
@@ -216,7 +218,7 @@ def _brief(value: object) -> str:
     """An option's value from a file, a few dozen characters of it."""
     if isinstance(value, list | tuple):
         return f"({', '.join(map(_brief, value[:4]))}{', ...' * (len(value) > 4)})"
-    return contents.shown(value).strip("'\"")
+    return shown(value).strip("'\"")
 
 
 def _warn_of_newer(path: str | Path, output_dir: str) -> None:

@@ -16,9 +16,9 @@ from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from models_mae import kept_patches
-from util.decode import to_rgb
+from util.data.decode import to_rgb
+from util.data.loader import normalise
 from util.errors import UserError, printable
-from util.loader import normalise
 
 KINDS = ("original", "masked", "reconstructed", "pasted")
 # what a model of normalised pixels cannot know, and where the picture takes it from

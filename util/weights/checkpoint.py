@@ -1,7 +1,7 @@
 """Loading checkpoints: safely, from a path or a URL; to evaluate, to reconstruct, to start a classifier.
 
 Everything is loaded with weights_only=True: a checkpoint from elsewhere is data, never code. What a file holds, and how
-it is written: util/run.py. Resuming a run: util/resume.py.
+it is written: util/run/run.py. Resuming a run: util/run/resume.py.
 """
 
 import re
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import models_vit
-from util import convert, download, untrusted
-from util.download import RELEASES
 from util.errors import UserError, shown
 from util.log import log
 from util.pos_embed import interpolate_pos_embed
+from util.weights import convert, download, untrusted
+from util.weights.download import RELEASES
 
 # parts of other Vision Transformers, by their names
 _OTHER_PARTS = {
@@ -30,7 +30,7 @@ _OTHER_PARTS = {
 
 def load(path_or_url: str | Path) -> dict:
     """Path or https URL -> the file's dict, on the CPU, with finite weights under `model`. Downloads are kept: see
-    util/download.py. Of the files of other projects the dict has `model`, under our names, and `args` alone.
+    util/weights/download.py. Of the files of other projects the dict has `model`, under our names, and `args` alone.
 
     Raises UserError where the file is missing, damaged, no checkpoint (the message says what it is), or holds anything
     but tensors, plain values and an `argparse.Namespace` (as files of the original code do).

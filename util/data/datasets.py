@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import rng
-from util.decode import decode, pixel_limit
+from util.data.decode import decode, pixel_limit
 from util.dist import Dist
 from util.errors import UserError, printable
 from util.log import log

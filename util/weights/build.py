@@ -10,10 +10,10 @@ from torch import nn
 
 import models_mae
 import models_vit
-from util import checkpoint, convert, download, untrusted
-from util.checkpoint import is_decoder
 from util.errors import UserError, shown
 from util.log import log
+from util.weights import checkpoint, convert, download, untrusted
+from util.weights.checkpoint import is_decoder
 
 MAWS = "https://dl.fbaipublicfiles.com/maws/"  # MAE on 3 billion images (Singh et al. 2023, arXiv 2303.13496)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from util.convert import MOST_TENSORS, TOO_MANY, read_safetensors
 from util.errors import UserError, shown
 from util.log import log
+from util.weights.convert import MOST_TENSORS, TOO_MANY, read_safetensors
 
 _BEGINNINGS = {
     b"\x89PNG": "a PNG image",

@@ -16,16 +16,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import checkpoint, cli, files, flops, record, resume
+from util import cli, flops
 from util.dist import Dist, check_ranks_agree, init_distributed, on_main
 from util.errors import NonFiniteLossError, NotSavedError, UserError
-from util.exits import Signals, Stopped
-from util.lock import take
 from util.log import log, setup_logging
-from util.not_finite import Strikes, check_weights
-from util.progress import Part, Progress
-from util.run_log import RunLog
+from util.run import files, resume
+from util.run.exits import Signals, Stopped
+from util.run.lock import take
+from util.run.not_finite import Strikes, check_weights
+from util.run.progress import Part, Progress
+from util.run.run_log import RunLog, record_start
 from util.step import Step
+from util.weights import checkpoint
 
 LAST_TRIES_SECONDS = (1, 5, 20, 60)  # pauses before the state is given up that no later save would bring
 
@@ -122,7 +124,7 @@ class Run:
         log.info(
             f"lr {lr:.3g}, effective batch {effective_batch}, {self.env.world_size} x {self.env.device.type}, {dtype}"
         )
-        record.append(self.env, args)
+        record_start(self.env, args)
         start = resume.resume(self.env, args, self.model, step.optimizer, step.scaler, self.n_images)
         self.max_accuracy = start.max_accuracy
         if self.writer:

@@ -5,8 +5,8 @@ from collections import Counter
 
 import torch
 
-from util.untrusted import is_count as _is_count
-from util.untrusted import options_of
+from util.weights.untrusted import is_count as _is_count
+from util.weights.untrusted import options_of
 
 
 def check_training_state(

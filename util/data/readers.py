@@ -17,8 +17,8 @@ from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from util import rng
-from util.datasets import Images, classification_files, list_images
-from util.decode import pixel_limit, to_rgb
+from util.data.datasets import Images, classification_files, list_images
+from util.data.decode import pixel_limit, to_rgb
 from util.dist import Dist
 from util.errors import UserError, printable
 from util.log import log

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from util import cli, exits
+from util import cli
 from util.errors import UserError, fail
-from util.exits import Stopped
-from util.files import checkpoints
 from util.log import log
+from util.run import exits
+from util.run.exits import Stopped
+from util.run.files import checkpoints
 
 MEM_GB_PER_GPU = 40
 CPUS_PER_TASK = 10
@@ -121,7 +122,7 @@ def _submit(script: ModuleType, args: argparse.Namespace) -> str:
         **slurm,
     )
     # the job unpickles this project's modules, wherever it was submitted from
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         return executor.submit(Job(script, args)).job_id

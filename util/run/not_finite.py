@@ -4,7 +4,7 @@
 2. At the next log point `Run` reads the losses and norms, of which means leave out what is not finite, and `Strikes`
    judges them: one bad step is forgiven; after that --on_nan stops the run, skips, or has `Run` roll it back.
 3. Before each save `check_weights` looks at the weights: an update after the last log point may have broken them.
-4. A run that stops saves the weights without the bad updates, and ends with exit code 3 (util/exits.py).
+4. A run that stops saves the weights without the bad updates, and ends with exit code 3 (util/run/exits.py).
 """
 
 import itertools

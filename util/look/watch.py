@@ -10,17 +10,17 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from models_mae import MaskedAutoencoderViT
-from util.datasets import Images, list_classes, list_images
+from util.data.datasets import Images, list_classes, list_images
+from util.data.loader import DeviceLoader, eval_loader, normalise
+from util.data.readers import Stream
 from util.dist import Dist, gather, gather_on_all
 from util.errors import UserError
-from util.knn import knn_accuracy, mean_features
-from util.loader import DeviceLoader, eval_loader, normalise
 from util.log import log
-from util.readers import Stream
-from util.run_log import RunLog
+from util.look.features import knn_accuracy, mean_features
+from util.look.visualize import reconstruct, seeded_noise, sheet
+from util.run.run_log import RunLog
 from util.step import autocast_dtype
 from util.transforms import Size, eval_transform
-from util.visualize import reconstruct, seeded_noise, sheet
 
 N_PICTURES = 8
 N_MEAN = 256  # images that the mean image is computed from

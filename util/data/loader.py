@@ -10,14 +10,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import IterableDataset, default_collate
 
 from util import rng
-from util.datasets import Images, TrainSampler
-from util.decode import JPEG_DECODER
+from util.data.datasets import Images, TrainSampler
+from util.data.decode import JPEG_DECODER
+from util.data.gpu_decode import EncodedImages, check_gpu_decode
+from util.data.readers import Stream
+from util.data.workers import batches, open_loader, worker_options
 from util.dist import Dist
 from util.errors import UserError
-from util.gpu_decode import EncodedImages, check_gpu_decode
 from util.log import log
-from util.readers import Stream
-from util.workers import batches, open_loader, worker_options
 
 
 def normalise(pixels: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
