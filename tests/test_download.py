@@ -265,6 +265,7 @@ def test_file_that_is_not_the_published_one_is_refused_and_not_kept(server, monk
 
 def test_published_sums_are_those_of_the_readme():
     rows = re.findall(r"^\| \[([\w/.]+)\]\((\S+)\) \| (\S+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = [row for row in rows if "/maws/" not in row[1]]  # of others, who published none
     assert len(rows) == 13 and all(url == download.RELEASES + name for name, url, _ in rows)
     assert {url: digits for _, url, digits in rows if digits != "-"} == download.MD5
 

@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from models_mae import MaskedAutoencoderViT
@@ -24,31 +23,14 @@ from models_vit import check_divisible
 from util import cli
 from util.errors import UserError, fail
 from util.pos_embed import resample
-from util.transforms import eval_crop_share
-from util.weights import checkpoint, convert
+from util.transforms import preprocessing
+from util.weights import checkpoint, convert, hub
 from util.weights.build import find, is_decoder, open_named
 
 ENDINGS = {"timm": ".timm.safetensors", "hf": "-hf", "safetensors": ".safetensors", "onnx": ".onnx"}
 ENDINGS |= {"detectron2": ".detectron2.pth", "mmseg": ".mmseg.pth"}
 _WITH_NAME = ("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 TIMM_NAMES = {name: f"{name}_224" for name in _WITH_NAME}
-
-
-def preprocessing(model: nn.Module, args: dict) -> dict[str, object]:
-    """How evaluation prepares images for a model, by timm's names; `args` are those of its checkpoint.
-
-    Without mean and std where nobody tells them: the checkpoint has none, and other than 3 channels.
-    """
-    size, channels = tuple(model.patch_embed.img_size), model.patch_embed.proj.in_channels
-    known = {"input_size": (channels, *size), "interpolation": "bicubic", "crop_mode": "center"}
-    known["crop_pct"] = eval_crop_share(size)
-    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-        told = args.get(name)
-        if isinstance(told, list | tuple) and len(told) == channels and all(isinstance(v, int | float) for v in told):
-            known[name] = tuple(told)
-        elif channels == 3:
-            known[name] = default
-    return known
 
 
 def _code(value: object) -> str:
@@ -200,15 +182,12 @@ def to_onnx(model: nn.Module, part: str, mask_ratio: float, path: Path) -> str:
         inputs["noise"] = torch.rand(2, model.patch_embed.num_patches)
         model, outputs = _Autoencoder(model, mask_ratio), ["loss", "pred", "mask"]
     batch = torch.export.Dim("batch", min=1)
+    n_bytes = sum(param.numel() * param.element_size() for param in model.parameters())
     torch.onnx.export(
         model.eval(), tuple(inputs.values()), path, input_names=list(inputs), output_names=outputs, dynamo=True,
-        dynamic_shapes=[{0: batch} for _ in inputs], external_data=_bytes(model) > 1.9e9, verbose=False,
+        dynamic_shapes=[{0: batch} for _ in inputs], external_data=n_bytes > 1.9e9, verbose=False,
     )  # fmt: skip
     return f"import onnxruntime; session = onnxruntime.InferenceSession({_code(path)})"
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def export(
@@ -245,7 +224,7 @@ def export(
     if to == "hf" and not is_mae:
         raise UserError(f"{source} is a classifier, and --to hf writes masked autoencoders: use --to timm")
     args = _args_of(source)
-    prepared = preprocessing(model, args)
+    prepared = preprocessing(tuple(model.patch_embed.img_size), model.patch_embed.proj.in_channels, args)
     if to in ("timm", "hf") and not {"mean", "std"} <= prepared.keys():
         raise UserError(
             f"{source} has {prepared['input_size'][0]} channels and does not tell their mean and std, which {to} takes "
@@ -281,7 +260,10 @@ def main() -> None:
     """Read the command line, export, say what was written and how to load it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="a file, an https URL, or the name of a released file such as mae_visualize_vit_base")
+    add(
+        "checkpoint",
+        help="a file, an https URL, hf://user/name, timm/name, or a released file's name, as mae_visualize_vit_base",
+    )
     add("--to", required=True, choices=list(ENDINGS), help="format, see above")
     add("--part", default="encoder", choices=["encoder", "full"],
         help="full: with the decoder; a classifier is always written whole (default: encoder)")  # fmt: skip
@@ -292,13 +274,24 @@ def main() -> None:
         help="image side, or height and width (default: the checkpoint's)")  # fmt: skip
     add("--patch", type=cli.positive, metavar="PIXELS",
         help="patch side for detectron2 and mmseg, such as 16 for ViT-H/14 (default: the checkpoint's)")  # fmt: skip
+    add("--push", default="", metavar="USER/NAME", help="with --to hf: upload the folder to Hugging Face's Hub")
+    add("--license", default="", metavar="NAME", help="with --push: of the weights, such as cc-by-nc-4.0 (required)")
+    add("--data", default="", metavar="TEXT", help="with --push: what the weights were trained on (required)")
     add("--mask_ratio", default=0.75, type=cli.mask_ratio,
         help="share of patches removed in hf and onnx with --part full (default: 0.75)")  # fmt: skip
     args = parser.parse_args()
     try:
+        if args.push and args.to != "hf":
+            raise UserError(f"--push {args.push} is for --to hf: leave it out, or write that format")
+        if args.push:
+            hub.check_push(args.push, args.license, args.data)
         path, line = export(
             args.checkpoint, args.to, args.part, args.output, args.model, args.input_size, args.mask_ratio, args.patch
         )
+        if args.push:
+            told = _args_of(args.checkpoint)
+            card = hub.model_card(path, args.push, args.checkpoint, told, args.license, args.data)
+            print(f"pushed to {hub.push(path, args.push, card)}")
     except UserError as error:
         fail(error)
     print(f"wrote {path}. To load it:\n  {line}")

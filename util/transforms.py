@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torchvision import transforms
@@ -166,6 +166,22 @@ def eval_transform(size: Size) -> CentreCrop:
 def eval_crop_share(size: Size) -> float:
     """What of the resized side the crop takes in evaluation."""
     return 224 / 256 if max(_sides(size)) <= 224 else 1.0
+
+
+def preprocessing(size: tuple[int, int], channels: int, args: dict) -> dict[str, object]:
+    """How evaluation prepares images of that size, by timm's names; `args` are those of a checkpoint.
+
+    Without mean and std where nobody tells them: the checkpoint has none, and other than 3 channels.
+    """
+    known = {"input_size": (channels, *size), "interpolation": "bicubic", "crop_mode": "center"}
+    known["crop_pct"] = eval_crop_share(size)
+    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        told = args.get(name)
+        if isinstance(told, list | tuple) and len(told) == channels and all(isinstance(v, int | float) for v in told):
+            known[name] = tuple(told)
+        elif channels == 3:
+            known[name] = default
+    return known
 
 
 def _sides(size: Size) -> tuple[int, int]:

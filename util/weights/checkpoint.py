@@ -15,7 +15,7 @@ import models_vit
 from util.errors import UserError, shown
 from util.log import log
 from util.pos_embed import interpolate_pos_embed
-from util.weights import convert, download, untrusted
+from util.weights import convert, download, hub, untrusted
 from util.weights.download import RELEASES
 
 # parts of other Vision Transformers, by their names
@@ -29,13 +29,14 @@ _OTHER_PARTS = {
 
 
 def load(path_or_url: str | Path) -> dict:
-    """Path or https URL -> the file's dict, on the CPU, with finite weights under `model`. Downloads are kept: see
-    util/weights/download.py. Of the files of other projects the dict has `model`, under our names, and `args` alone.
+    """Path, https URL or address on a hub -> the file's dict, on the CPU, with finite weights under `model`. Downloads
+    are kept: see util/weights/download.py and hub.py. Of the files of other projects the dict has `model`, under our
+    names, and `args` alone.
 
     Raises UserError where the file is missing, damaged, no checkpoint (the message says what it is), or holds anything
     but tensors, plain values and an `argparse.Namespace` (as files of the original code do).
     """
-    url = str(path_or_url)
+    url = str(path_or_url := hub.local(path_or_url))
     if "://" in url and not url.startswith("https://"):
         raise UserError(f"no checkpoint {url}: give a file or an https:// URL")
     path = download.fetch(url) if url.startswith("https://") else Path(path_or_url)

@@ -19,7 +19,7 @@ import filelock
 import torch
 from tqdm import tqdm
 
-from util.errors import UserError
+from util.errors import UserError, printable
 from util.log import log
 
 RELEASES = "https://dl.fbaipublicfiles.com/mae/"
@@ -33,6 +33,7 @@ MD5 = {  # what the authors published of the sums: their first six digits
 TIMEOUT_SECONDS = 30  # without a byte
 PATIENCE_SECONDS, SLOWEST = 300, 1024  # with fewer bytes of the file than that per second, on average
 ATTEMPTS = 5  # in a row that bring nothing new; 1, 2, 4 and 8 seconds apart
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 REPORT_SECONDS = 10  # between lines of progress, where nobody watches a terminal
 
 
@@ -73,7 +74,7 @@ def cache_path(url: str) -> Path:
     except ValueError:
         usable = False
     if not usable:
-        raise UserError(f"{_plain(url)} is no URL: give one like {RELEASES}pretrain/mae_pretrain_vit_base.pth")
+        raise UserError(f"{printable(url)[:300]} is no URL: give one like {RELEASES}pretrain/mae_pretrain_vit_base.pth")
     name = PurePosixPath(parsed.path).name
     if not re.fullmatch(r"\w[\w.+-]{,199}", name):  # a leading dot is for our own files
         name = "file"
@@ -81,36 +82,30 @@ def cache_path(url: str) -> Path:
     return folder / name if url.startswith(RELEASES) else folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
-def _plain(text: object) -> str:
-    """What a server or a user sent, for a message: no control characters, and not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))[:300]
-
-
 def _download(url: str, path: Path) -> Path:
     """Bring the file of `url` beside `path`, in as many attempts as it takes while each brings something new."""
-    network = _Watched()
-    most = failures = 0
-    while True:
-        try:
-            part, is_whole = _attempt(network, url, path)
-            if is_whole:
-                network.bar.close()
-                return part
-        except (ValueError, urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            if isinstance(error, UserError):
-                raise
-            failures = failures + 1 if network.most == most else 0
-            most = network.most
-            # a server may be busy or broken (5xx), or lack such a part (416): the next request starts again
-            is_refused = getattr(error, "code", 500) < 500 and error.code not in (408, 416, 425, 429)
-            if is_refused or failures == ATTEMPTS or time.monotonic() > network.end:
-                raise UserError(
-                    f"cannot download {url} ({_plain(error)}): check the URL and the network, or fetch it by hand and "
-                    "give the file's path"
-                ) from error
-            seconds = 2 ** max(failures - 1, 0)
-            log.warning(f"the download of {url} broke off ({_plain(error)}); again in {seconds} s")
-            time.sleep(seconds)
+    with contextlib.closing(_Watched()) as network:
+        most = failures = 0
+        while True:
+            try:
+                part, is_whole = _attempt(network, url, path)
+                if is_whole:
+                    return part
+            except (ValueError, *NETWORK_ERRORS) as error:
+                if isinstance(error, UserError):
+                    raise
+                failures = failures + 1 if network.most == most else 0
+                most = network.most
+                # a server may be busy or broken (5xx), or lack such a part (416): the next request starts again
+                is_refused = getattr(error, "code", 500) < 500 and error.code not in (408, 416, 425, 429)
+                if is_refused or failures == ATTEMPTS or time.monotonic() > network.end:
+                    raise UserError(
+                        f"cannot download {url} ({printable(error)[:300]}): check the URL and the network, or fetch it "
+                        "by hand and give the file's path"
+                    ) from error
+                seconds = 2 ** max(failures - 1, 0)
+                log.warning(f"the download of {url} broke off ({printable(error)[:300]}); again in {seconds} s")
+                time.sleep(seconds)
 
 
 def _attempt(network: "_Watched", url: str, path: Path) -> tuple[Path, bool]:
@@ -180,6 +175,9 @@ class _Watched(urllib.request.HTTPSHandler):
         every = 0.1 if sys.stdout.isatty() else REPORT_SECONDS
         self.bar = tqdm(unit="B", unit_scale=True, file=sys.stdout, mininterval=every)
 
+    def close(self) -> None:
+        self.bar.close()
+
     def reached(self, size: int) -> None:
         self.bar.update(size - self.bar.n)
         new = max(size - self.most, 0)
@@ -216,7 +214,9 @@ class _OnlyHttps(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         fp.close()  # or its body would be read, however long
         if req.type == "https" and urlparse(newurl).scheme != "https":
-            raise UserError(f"{req.full_url} leads to {_plain(newurl)}, which anybody on the way may change: refused")
+            raise UserError(
+                f"{req.full_url} leads to {printable(newurl)[:300]}, which anybody on the way may change: refused"
+            )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

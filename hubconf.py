@@ -1,0 +1,51 @@
+"""The models for torch.hub: torch.hub.load("folder of this project", "mae_vit_base_patch16", source="local").
+
+Every name of --model is an entry. `pretrained`: False for new weights; True for the authors' file of that model: an
+autoencoder of normalised pixels, or a classifier of ImageNet-1K; or what --finetune takes: a path, an https URL, the
+name of a released file, hf://user/name or timm/name. Other keywords are the builder's, such as img_size or num_classes.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+import models_mae
+import models_vit
+from util.errors import UserError
+from util.pos_embed import resample
+from util.weights import build, checkpoint
+
+dependencies = ["torch", "torchvision", "timm", "numpy", "filelock", "tqdm"]
+
+
+def _released(name: str) -> str:
+    kind = "_full.pth" if name in models_mae.MODELS else "finetuned"
+    for file, released in build.RELEASED.items():
+        if kind in file and released.model == name.removesuffix("_dec512d8b"):
+            return released.url
+    raise UserError(f"nobody released weights of {name}: give pretrained=PATH, or leave it out")
+
+
+def _entry(name: str, builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool | str = False, **options) -> nn.Module:
+        if not pretrained:
+            return builder(**options)
+        source = build.find(_released(name) if pretrained is True else pretrained)
+        if name in models_vit.MODELS and options:  # a classifier that is still to be trained, with another head
+            model = builder(**options)
+            checkpoint.load_pretrained(source, model)
+            return model.eval()
+        size = options.pop("img_size", None)
+        model = build.open_model(source, name, **options)
+        if size:
+            models_vit.check_divisible(size, model.patch_embed.patch_size[0])
+            resample(model, size, model.patch_embed.patch_size[0])
+        return model
+
+    entry.__name__ = name
+    entry.__doc__ = f"{name}(pretrained=False, **options), see above: {__doc__}"
+    return entry
+
+
+for _name, _builder in (models_mae.MODELS | models_vit.MODELS).items():
+    globals()[_name] = _entry(_name, _builder)
