@@ -15,7 +15,7 @@ from util.errors import UserError
 from util.log import log, setup_logging
 from util.look import charts, results, tables
 from util.look.records import Watch, evaluate
-from util.run.run import exits
+from util.run import exits
 from util.step import autocast_dtype
 from util.weights import build, download
 

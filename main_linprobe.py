@@ -14,8 +14,9 @@ from util.errors import UserError
 from util.lars import LARS
 from util.log import log
 from util.lr_sched import Schedule, scaled_lr
+from util.run import exits
 from util.run.resume import will_resume
-from util.run.run import Run, begin, exits
+from util.run.run import Run, begin
 from util.step import Step, autocast_dtype
 from util.transforms import eval_transform, linprobe_transform
 from util.weights import build, checkpoint

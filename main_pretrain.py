@@ -13,7 +13,8 @@ from util.dist import check_ranks_agree, shutdown, wrap
 from util.log import log
 from util.look.watch import Watch
 from util.lr_sched import Schedule, scaled_lr
-from util.run.run import Run, begin, exits
+from util.run import exits
+from util.run.run import Run, begin
 from util.step import Step, autocast_dtype
 from util.transforms import pretrain_transform
 

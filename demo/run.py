@@ -27,7 +27,7 @@ from util.dist import Dist
 from util.errors import UserError
 from util.look.features import knn_accuracy, mean_features
 from util.look.visualize import reconstruct, seeded_noise, sheet
-from util.run.run import exits, files
+from util.run import exits, files
 from util.transforms import eval_transform
 from util.weights import checkpoint
 

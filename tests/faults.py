@@ -23,8 +23,8 @@ import torch
 from helpers import ON_CPU, assert_same, load, write_image_folder
 
 import main_pretrain
+from util.run import exits
 from util.run.files import checkpoints
-from util.run.run import exits
 
 OPTIONS = (
     "--model", "mae_vit_tiny_patch4", "--input_size", 16, "--batch_size", 1, "--accum_iter", 2, "--epochs", 2,

@@ -16,7 +16,7 @@ import models_mae
 import models_vit
 from util import cli
 from util.errors import UserError
-from util.run.run import exits, slurm
+from util.run import exits, slurm
 from util.step import Step
 
 MAINS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}

@@ -20,8 +20,8 @@ from util.data.datasets import Images, list_images
 from util.dist import Dist, init_distributed, on_main
 from util.errors import FailedError, NonFiniteLossError, NotSavedError, UserError
 from util.log import setup_logging
+from util.run import exits, slurm
 from util.run.exits import Signals, Stopped
-from util.run.run import exits, slurm
 
 ENV = Dist(torch.device("cpu"))
 
@@ -113,7 +113,7 @@ def test_signal_while_the_interpreter_ends_changes_no_exit_code(leave, code, num
     """By then Python has put the default handlers back: only what is ignored stays so."""
     script = f"""
 import argparse, os, signal, sys, torch
-from util.run.run import exits
+from util.run import exits
 from util.dist import Dist
 from util.run.exits import Signals, Stopped
 

@@ -37,8 +37,8 @@ from util import cli
 from util.data.datasets import Images
 from util.dist import Dist
 from util.errors import UserError
+from util.run import exits
 from util.run.resume import resume
-from util.run.run import exits
 from util.transforms import eval_transform, pretrain_transform
 from util.weights import checkpoint, untrusted
 

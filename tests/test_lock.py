@@ -12,8 +12,8 @@ from helpers import ON_CPU, _environment, run, write_image_folder
 from test_saving import saver
 
 from util.errors import UserError
-from util.run.run import lock
-from util.run.run import run as running
+from util.run import lock
+from util.run import run as running
 
 pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this system has no such locks")
 

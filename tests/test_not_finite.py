@@ -12,9 +12,9 @@ import main_pretrain
 from util.dist import shutdown
 from util.errors import NonFiniteLossError
 from util.lars import LARS
+from util.run import exits, progress
 from util.run.files import checkpoints
 from util.run.not_finite import IN_A_ROW, WINDOW, Strikes
-from util.run.run import exits, progress
 from util.step import Step
 
 DEVICE = torch.device("cpu")

@@ -34,12 +34,13 @@ from util.dist import Dist
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.lr_decay import param_groups_lrd
 from util.rng import image_order
+from util.run import files
+from util.run import run as running
 from util.run.exits import Stopped
 from util.run.files import checkpoints, save
 from util.run.progress import Part
 from util.run.resume import Start, newest, refuse_second_run, resume, will_resume
-from util.run.run import Run, files
-from util.run.run import run as running
+from util.run.run import Run
 from util.run.run_log import RunLog
 from util.step import Step
 from util.transforms import eval_transform

@@ -12,8 +12,8 @@ from test_saving import read, saver
 
 from util.data.workers import leave_signals_to_the_trainer
 from util.dist import SIGNALS, Dist
+from util.run import exits, files
 from util.run.exits import ASK_STEPS, EXIT_SAVED, Signals, Stopped
-from util.run.run import exits, files
 
 ONE, TWO = (Dist(torch.device("cpu"), world_size=n) for n in (1, 2))
 

@@ -32,7 +32,7 @@ from util import export
 from util.dist import Dist
 from util.errors import UserError
 from util.lars import LARS
-from util.run.run import resume
+from util.run import resume
 from util.run.training_state import check_training_state
 from util.weights import build, checkpoint, convert
 from util.weights.checkpoint import describe

@@ -19,7 +19,7 @@ from util.data.robustness import ALEXNET, EXTRA, IMAGES, SETS, STRENGTHS, Part
 from util.errors import NotSavedError, UserError
 from util.log import log
 from util.look.tables import as_csv, as_markdown
-from util.run.run import lock
+from util.run import lock
 from util.weights.download import MD5
 
 # of the authors' fine-tuned files: Acc@1 as they checked it, and their table of robustness (paper, table 13)

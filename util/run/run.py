@@ -20,11 +20,11 @@ from util import cli, flops
 from util.dist import Dist, check_ranks_agree, init_distributed, on_main
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.log import log, setup_logging
+from util.run import files, resume
 from util.run.exits import Signals, Stopped
 from util.run.lock import take
 from util.run.not_finite import Strikes, check_weights
 from util.run.progress import Part, Progress
-from util.run.run import files, resume
 from util.run.run_log import RunLog, record_start
 from util.step import Step
 from util.weights import checkpoint

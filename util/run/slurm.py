@@ -11,9 +11,9 @@ from types import ModuleType
 from util import cli
 from util.errors import UserError, fail
 from util.log import log
+from util.run import exits
 from util.run.exits import Stopped
 from util.run.files import checkpoints
-from util.run.run import exits
 
 MEM_GB_PER_GPU = 40
 CPUS_PER_TASK = 10

@@ -213,9 +213,7 @@ def open_named(
     network = MODELS[name](**options)
     decoder = _decoder(network) if encoder_only else {}
     network.load_state_dict({**decoder, **weights})
-    names = state.get("classes")  # of the classes, where the file has them
-    named = isinstance(names, list) and all(isinstance(item, str) for item in names) and not is_mae
-    network.classes = names if named and len(names) == network.num_classes else None
+    network.classes = None if is_mae else state.get("classes")  # names, as the file has them: main_evaluate.py judges
     return name, network.eval()
 
 
