@@ -1,12 +1,15 @@
 """How scripts end: exit codes, and last words that are in train.log too and are said once."""
 
 import argparse
+import io
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +19,11 @@ from helpers import ON_CPU, ROOT, _environment, torchrun, write_image, write_ima
 from torch.utils.data import DataLoader
 
 import main_pretrain
-from util.data.datasets import Images, list_images
+from util.data.datasets import Images, list_images, report_bad
+from util.data.workers import batches, open_loader, worker_options
 from util.dist import Dist, init_distributed, on_main
 from util.errors import FailedError, NonFiniteLossError, NotSavedError, UserError
-from util.log import setup_logging
+from util.log import log, setup_logging
 from util.run import exits, slurm
 from util.run.exits import Signals, Stopped
 
@@ -60,6 +64,121 @@ def test_last_words_are_on_the_terminal_and_in_train_log(error, code, words, tra
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {words}") and said.out == "" and said.err.count("\n") == 1
     assert train_log().endswith(f" {said.err}")
+
+
+# what a file may be called, and what of it may not reach a terminal
+NAMES = {
+    "latin-1": ("bad\udce9.png", "bad\\udce9.png"),
+    "escape sequence": ("\x1b[2J\x07.png", "\\x1b[2J\\x07.png"),
+    "C1 controls": ("\x9b31m.png", "\\x9b31m.png"),
+    "right to left": ("\u202egnp.exe", "\\u202egnp.exe"),
+    "two lines": ("a\nerror: b\r.png", "a\\nerror: b\\r.png"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_escaped_and_never_lost_whatever_the_terminal_takes(name, encoding, tmp_path, monkeypatch):
+    terminal = {stream: io.TextIOWrapper(io.BytesIO(), encoding) for stream in ("stdout", "stderr")}
+    monkeypatch.setattr(sys, "stdout", terminal["stdout"])
+    monkeypatch.setattr(sys, "stderr", terminal["stderr"])
+    terminal["stderr"].reconfigure(errors="backslashreplace")  # as Python opens it everywhere
+    given, shown = NAMES[name]
+    images = Images([(given, 0), ("\u96e8.png", 0)], None)
+    images.bad[:] = 1
+
+    def main(args):
+        setup_logging(ENV, str(tmp_path))
+        report_bad(images)
+        log.info(f"on {given}".replace("\n", " "))  # not through a list that knows names
+        raise UserError(f"cannot decode {given}")
+
+    try:
+        with pytest.raises(SystemExit):
+            exits.run(main, argparse.Namespace())
+    finally:
+        log.handlers.clear()
+    out, err = (terminal[stream].buffer.getvalue().decode(encoding) for stream in ("stdout", "stderr"))
+    file = (tmp_path / "train.log").read_text(encoding="utf-8")
+    assert f"  {shown}\n" in out and f"  {shown}\n" in file and "\u96e8" in file
+    assert f"error: cannot decode {shown}\n" in file and err == f"error: cannot decode {shown}\n"
+    assert all(c == "\n" or c.isprintable() for c in out + err + file) and "Logging error" not in err
+
+
+STREAMS = """
+import argparse, os, signal, subprocess, sys
+from pathlib import Path
+from util.run import exits
+from util.dist import Dist
+from util.errors import UserError
+from util.log import log, setup_logging
+import torch
+
+def main(args):
+    setup_logging(Dist(torch.device("cpu")), args.output_dir)
+    for i in range(300):
+        log.info(f"line {i} " + "." * 100)
+        print("a library's line")
+    if args.end == "user":
+        raise UserError("lower --batch_size")
+    if args.end == "crash":
+        raise ZeroDivisionError("a bug")
+
+def close(number):
+    os.close(number)
+    setattr(sys, ("", "stdout", "stderr")[number], None)  # as Python starts then
+
+def broken(number):
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, number)
+
+TROUBLE = {"closed": close, "broken": broken, "full": lambda number: os.dup2(os.open("/dev/full", os.O_WRONLY), number)}
+runs = {}
+for name in sys.argv[2:]:
+    number, kind, end = name.split("-")
+    folder = Path(sys.argv[1], name)
+    folder.mkdir()
+    if child := os.fork():
+        runs[child] = folder
+        continue
+    os.dup2(os.open(folder / "other", os.O_WRONLY | os.O_CREAT), 3 - int(number))
+    TROUBLE[kind](int(number))
+    for i, stream in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, stream) is not None:
+            setattr(sys, stream, open(i, "w"))  # of the new kind, as at a start
+    exits.run(main, argparse.Namespace(output_dir=str(folder), end=end))
+    sys.exit()
+for child, folder in runs.items():
+    (folder / "code").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+"""
+TROUBLES = [f"{number}-{trouble}-user" for number in (1, 2) for trouble in ("closed", "broken", "full")]
+TROUBLES += [f"{number}-full-{end}" for number in (1, 2) for end in ("well", "crash")]
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory):
+    """The folder of runs whose stdout (1) or stderr (2) takes nothing: exit code, train.log and the other stream."""
+    folder = tmp_path_factory.mktemp("streams")
+    subprocess.run(
+        [sys.executable, "-c", STREAMS, folder, *TROUBLES], cwd=ROOT, env=_environment(), check=True, timeout=120
+    )
+    return folder
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize("name", TROUBLES)
+def test_a_stream_that_takes_nothing_spoils_neither_the_run_nor_its_exit_code(name, streams):
+    folder, (number, _, end) = streams / name, name.split("-")
+    assert (folder / "code").read_text() == {"well": "0", "user": "2", "crash": "1"}[end]
+    file = (folder / "train.log").read_text()
+    assert all(f" line {i} " in file for i in range(300)) and file.count("takes no more lines") <= 1
+    other = (folder / "other").read_text()
+    if number == "1":
+        last = {"well": "", "user": "error: lower --batch_size\n", "crash": "ZeroDivisionError: a bug\n"}[end]
+        assert other.endswith(last) and ("Traceback" in other) == (end == "crash") and "Exception ignored" not in other
+    else:
+        assert other.count("line") >= 600 and "error" not in other
 
 
 def test_error_that_nobody_expected_leaves_its_traceback_in_train_log(train_log):
@@ -215,6 +334,37 @@ def test_a_process_group_s_threads_are_gone_before_the_interpreter_ends(tmp_path
     torchrun(__file__, "threads", tmp_path)
     threads = [(tmp_path / f"threads-{rank}").read_text() for rank in (0, 1)]
     assert all(threads) and "gloo" not in "".join(threads)
+
+
+class Slow:
+    """Samples of which a batch takes a minute."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, key):
+        time.sleep(1 if key else 0)
+        return key
+
+
+@pytest.mark.parametrize("end", ["a stop", "the end", "a crash"])
+def test_loader_workers_do_not_hold_up_the_end(end):
+    """In a circle, as a run's objects are, torch would wait 5 seconds for each of two workers."""
+    options = worker_options(2, False, ENV.device, timeout_seconds=60)
+
+    def main(args):
+        loader = open_loader(Slow(), options, batch_sampler=[[0], *[range(64)] * 4], persistent_workers=True)
+        circle = [batches(loader), loader]
+        circle.append(circle)
+        next(circle[0])
+        if end != "the end":
+            raise Stopped({15}, saved=True) if end == "a stop" else ZeroDivisionError("a bug")
+
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError if end == "a crash" else SystemExit):
+        exits.run(main, argparse.Namespace())
+        sys.exit()
+    assert time.monotonic() - start < 5 and not multiprocessing.active_children()
 
 
 def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):

@@ -1,8 +1,9 @@
 """The exceptions whose message is meant for the user and not for the developer, and how a message is said."""
 
 import contextlib
+import os
 import sys
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_BAD_INPUT = 2  # as argparse does
 LONGEST = 20_000  # characters of a message: lists of files may be long, and nobody reads more
@@ -71,6 +72,12 @@ def say(text: str) -> None:
     if sys.stderr is not None:  # print would take stdout instead
         with contextlib.suppress(OSError, ValueError):
             print(printable(text, keep="\n\t"), file=sys.stderr, flush=True)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is written to a stream that takes nothing go nowhere, which else would raise now and as Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(error: UserError) -> NoReturn:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from util.dist import Dist
-from util.errors import UserError, printable
+from util.errors import UserError, printable, silence
 
 log = logging.getLogger("mae")
 
@@ -22,7 +22,7 @@ class _Console(logging.StreamHandler):
         """Where nobody reads any more (`| head`) or a disk is full, training goes on; train.log has every line."""
         if not isinstance(error := sys.exc_info()[1], OSError):
             return super().handleError(record)
-        self.setLevel(logging.CRITICAL + 1)
+        silence(self.stream)
         log.warning(f"stdout takes no more lines ({error}): from here on they are in train.log alone")
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from util.dist import SIGNALS, Dist, shutdown, sum_over_ranks
-from util.errors import EXIT_BAD_INPUT, FailedError, NonFiniteLossError, NotSavedError, UserError, say
+from util.errors import EXIT_BAD_INPUT, FailedError, NonFiniteLossError, NotSavedError, UserError, say, silence
 from util.log import log
 
 EXIT_FAILED = 1
@@ -232,9 +232,8 @@ def _open_streams() -> None:
 
 def _flush_streams() -> None:
     """What a closed pipe or a full disk does not take would else make the exit code 120."""
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            silence(stream)
