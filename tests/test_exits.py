@@ -68,7 +68,7 @@ def test_last_words_are_on_the_terminal_and_in_train_log(error, code, words, tra
 
 # what a file may be called, and what of it may not reach a terminal
 NAMES = {
-    "latin-1": ("bad\udce9.png", "bad\\udce9.png"),
+    "latin-1": ("bad\udce9.png", "bad\\xe9.png"),
     "escape sequence": ("\x1b[2J\x07.png", "\\x1b[2J\\x07.png"),
     "C1 controls": ("\x9b31m.png", "\\x9b31m.png"),
     "right to left": ("\u202egnp.exe", "\\u202egnp.exe"),

@@ -29,7 +29,6 @@ LAUNCHERS = {  # number of processes, rank, rank on the node, processes on the n
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES"),
     "mpirun": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")),
 }
-SIZES = [names[0] for names in LAUNCHERS.values()]
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of all cores together, in a period of so many
 
 
@@ -62,10 +61,8 @@ def init_distributed(device: str = "auto", dist_url: str = "env://", timeout_min
         return Dist(_pick_device(device, launch[1] if launch else 0))
     rank, local_rank, world_size, local_world_size = launch
     if missing:
-        names = " and ".join(missing)
-        raise UserError(
-            f"{names}: not set, so {world_size} processes cannot meet; set it alike for all (mpirun -x NAME=VALUE)"
-        )
+        how = f"set {' and '.join(missing)} alike for all (mpirun -x NAME=VALUE), or unset WORLD_SIZE to train in one"
+        raise UserError(f"{missing[0]}: not set, so {world_size} processes cannot meet; {how}")
     _number("MASTER_PORT", 0, below=65536)
     if "OMP_NUM_THREADS" not in env:
         # each process would take all cores for its arithmetic, and they would wait for one another (torchrun sets it)
@@ -93,9 +90,10 @@ def _meeting(rank: int, world_size: int, dist_url: str, timeout_minutes: float) 
     where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ) if dist_url == "env://" else dist_url
     others = _ranks([other for other in range(world_size) if other != rank])
     waits = f"rank {rank} of {world_size} waits at {where} for {others}, at most {timeout_minutes:g} minutes"
-    remedy = "if only one was started (srun --pty), start it by srun or torchrun, or unset " + " ".join(SIZES)
+    remedy = (
+        "if only one was started (srun --pty): start it by srun, torchrun, or unset WORLD_SIZE, SLURM_STEP_NUM_TASKS"
+    )
     late = threading.Timer(10 if rank else 1, say, [f"{waits}; {remedy}"])
-    late.daemon = True
     late.start()
     try:
         yield
