@@ -9,13 +9,14 @@ from timm.data.random_erasing import RandomErasing
 from torch import nn
 
 from util import rng
-from util.data.loader import DeviceLoader
-from util.dist import Dist, share_buffers, sum_over_ranks
+from util.data.loader import DeviceLoader, Labelled
+from util.dist import Dist, share_buffers, shutdown, sum_over_ranks
 from util.log import log
 from util.lr_sched import Schedule, adjust_learning_rate
 from util.run.progress import Progress
 from util.run.run import Run
 from util.step import Step
+from util.weights import checkpoint
 
 
 def train_one_epoch(
@@ -90,3 +91,14 @@ def evaluate(
     log.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
     log.info(f"Accuracy of the network on the {n_images:.0f} test images: {stats['acc1']:.1f}%")
     return stats
+
+
+def evaluate_and_leave(
+    model: nn.Module, weights: dict[str, torch.Tensor], name: str, data: Labelled, env: Dist,
+    dtype: torch.dtype | None, sharded: bool,
+) -> None:  # fmt: skip
+    """--eval: load `weights`, of the file `name`, evaluate them once, and leave the process group."""
+    checkpoint.load_strictly(model, weights, name)
+    evaluate(model.to(env.device), data.val_loader, env, dtype, sharded)
+    data.report_bad()
+    shutdown()

@@ -10,10 +10,10 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import models_vit
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import evaluate, evaluate_and_leave, train_one_epoch
 from util import cli, flops, rng, speed
-from util.data import datasets, loader, readers, workers
-from util.dist import check_ranks_agree, shutdown, wrap
+from util.data.loader import open_labelled
+from util.dist import shutdown, wrap
 from util.errors import UserError
 from util.log import log
 from util.lr_decay import param_groups_lrd
@@ -90,22 +90,10 @@ def main(args: argparse.Namespace) -> None:
     if mixes and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} is odd, but mixup and cutmix mix pairs: choose an even one")
     train_transform = None if args.eval else finetune_transform(args.input_size, args.color_jitter, args.aa)
-    train_set, val_set = readers.labelled_images(
-        args.data_path, args.dataset, (args.train_split, args.val_split),
-        (train_transform, eval_transform(args.input_size)),
-        args.nb_classes, env, args.dist_eval, args.seed, args.skip_bad_images,
+    data = open_labelled(
+        cli.data_options(args), (train_transform, eval_transform(args.input_size)), nb_classes=args.nb_classes,
+        batch_size=args.batch_size, accum_iter=args.accum_iter, env=env, seed=args.seed, sharded=args.dist_eval,
     )  # fmt: skip
-    check_ranks_agree(env, {"images": [images and images.digest() for images in (train_set, val_set)]})
-    num_workers = workers.available_workers(args.num_workers, env)
-    val_loader = loader.eval_loader(
-        val_set, args.batch_size, env, args.dist_eval, num_workers, args.pin_mem, args.loader_timeout
-    )
-    if not args.eval:
-        sampler = datasets.TrainSampler(len(train_set), args.batch_size, args.accum_iter, env, args.seed)
-        train_loader = loader.train_loader(
-            train_set, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout
-        )
-        log.info(f"{len(train_set)} images to train, {len(val_set)} to validate, {len(train_loader)} batches an epoch")
 
     # model
     rng.seed_init(args.seed)
@@ -118,11 +106,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = autocast_dtype(args.amp, env.device)
     speed.choose_kernels(model, dtype, env.device)
     if args.eval:
-        checkpoint.load_strictly(model, weights, args.resume)
-        evaluate(model.to(env.device), val_loader, env, dtype, args.dist_eval)
-        datasets.report_bad(val_set)
-        shutdown()
-        return
+        return evaluate_and_leave(model, weights, args.resume, data, env, dtype, args.dist_eval)
     if args.finetune and not will_resume(env, args):  # a run that goes on brings all its weights
         # a small head starts from near-uniform predictions, so the first steps don't shake the backbone
         trunc_normal_(model.head.weight, std=2e-5)
@@ -158,16 +142,16 @@ def main(args: argparse.Namespace) -> None:
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
 
     # training
-    macs = flops.classifier_macs(model)
-    with Run(env, args, model, step, n_images=len(train_set), forward_macs=macs, classes=val_set.classes) as run:
+    told = {"n_images": len(data.train_set), "classes": data.val_set.classes}
+    with Run(env, args, model, step, forward_macs=flops.classifier_macs(model), **told) as run:
         for epoch in run.epochs():
-            sampler.set_epoch(epoch, run.done.iteration)
+            data.sampler.set_epoch(epoch, run.done.iteration)
             train_stats = train_one_epoch(
-                ddp_model, criterion, train_loader, step, schedule, epoch, run, erase=erase, mixup=mixup, seed=args.seed
-            )
-            datasets.report_bad(train_set)
-            test_stats = evaluate(model, val_loader, env, dtype, args.dist_eval, run)
-            datasets.report_bad(val_set)
+                ddp_model, criterion, data.train_loader, step, schedule, epoch, run,
+                erase=erase, mixup=mixup, seed=args.seed,
+            )  # fmt: skip
+            test_stats = evaluate(model, data.val_loader, env, dtype, args.dist_eval, run)
+            data.report_bad()
             run.after_epoch(epoch, train_stats, test_stats)
     shutdown()
 

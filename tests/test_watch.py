@@ -279,7 +279,7 @@ def test_pictures_of_a_hub_s_images_are_not_looked_for_where_the_caller_stands(i
         CPU, None, Images(files, pretrain_transform(16, 0.5, 0.5)), 16, mask_ratio=0.75, amp="off", picture_every=1,
         knn_every=0, num_workers=0,
     )  # fmt: skip
-    assert list(watcher.pictured.dataset.files) == files
+    assert list(watcher.pictured.dataset.source) == files
 
 
 def test_more_processes_than_images_are_refused_before_training(images):

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 from util.log import log
 
@@ -178,6 +179,26 @@ def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, label
         help="seconds a batch may take to load before the disk counts as stalled; 0 waits for ever")  # fmt: skip
     add("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to a GPU")
     add("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead (default: page-locked)")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The values of `add_data_options`, for those who open the data; see the help texts above."""
+
+    data_path: str | None
+    dataset: str
+    train_split: str
+    val_split: str
+    skip_bad_images: bool
+    decode: str
+    num_workers: int
+    loader_timeout: float
+    pin_mem: bool
+
+
+def data_options(args: argparse.Namespace) -> DataOptions:
+    """Those of `args` that say where images come from and who loads them."""
+    return DataOptions(**{field.name: getattr(args, field.name) for field in fields(DataOptions)})
 
 
 def add_crop_options(parser: argparse.ArgumentParser, *, crop_min: float) -> None:

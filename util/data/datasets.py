@@ -190,6 +190,15 @@ class PackedFiles(Sequence):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
+        """The file's content [n_bytes] uint8, and its label."""
+        path, label = self[index]
+        return torch.from_numpy(np.fromfile(path, np.uint8)), label
+
+    def name(self, index: int) -> str:
+        """Where the image is, for messages."""
+        return printable(self[index][0])
+
     def digest(self) -> str:
         """Of all paths, from the folder on that holds them all, and labels, in their order; a second a million."""
         ends = self.ends.tolist()
@@ -208,26 +217,25 @@ class PackedFiles(Sequence):
 
 
 class Images(Dataset):
-    """Images from files: (uint8 [H, W, 3], to be mirrored, label). `transform`: see util/transforms.py.
+    """Images from a source: (uint8 [H, W, 3], to be mirrored, label). `transform`: see util/transforms.py.
 
-    Item (epoch, index) is augmented by (seed, epoch, index); item `index` draws nothing.
-    A file that can't be decoded raises UserError with its name; with `skip_bad` the next good one takes its place, and
-    `take_bad()` lists it. `classes`: names in label order, where who made it knows them.
+    A source has a length, `read(index)` -> (an image file's bytes [n] uint8, its label or -1) and `name(index)`, for
+    messages. PackedFiles is one; a list of (path, label) becomes one. Item (epoch, index) is augmented by (seed, epoch,
+    index); item `index` draws nothing. What can't be decoded raises UserError with its name; with `skip_bad` the next
+    good one takes its place, and `take_bad()` lists it. `classes`: names in label order, where who made it knows them.
     """
 
     classes: list[str] | None = None
 
-    def __init__(
-        self, files: Sequence[tuple[str, int]], transform: Callable, seed: int = 0, skip_bad: bool = False
-    ) -> None:
-        self.files = PackedFiles(files) if isinstance(files, list) else files
+    def __init__(self, source, transform: Callable, seed: int = 0, skip_bad: bool = False) -> None:
+        self.source = PackedFiles(source) if isinstance(source, list) else source
         self.transform, self.seed, self.skip_bad = transform, seed, skip_bad
         pixel_limit()  # a wrong one is told now
         # a flag a file, in memory that loader workers share with the trainer
-        self.bad = torch.zeros(len(files), dtype=torch.uint8).share_memory_()
+        self.bad = torch.zeros(len(self.source), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.source)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, bool, int]:
         epoch, index = key if isinstance(key, tuple) else (None, key)
@@ -238,36 +246,30 @@ class Images(Dataset):
 
     def digest(self) -> str:
         """What tells these images, and their order, from others, wherever they lie."""
-        return f"{len(self)} images {self.files.digest()}"
-
-    def read(self, index: int) -> tuple[torch.Tensor, int]:
-        """The file's content [n_bytes] uint8, and its label."""
-        path, label = self.files[index]
-        return torch.from_numpy(np.fromfile(path, np.uint8)), label
-
-    def name(self, index: int) -> str:
-        """Where the image is, for messages."""
-        return printable(self.files[index][0])
+        if hasattr(self.source, "digest"):
+            return f"{len(self)} images {self.source.digest()}"
+        names = [self.source.name(i) for i in range(0, len(self), max(len(self) // 100, 1))]
+        return f"{len(self)} images {hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"
 
     def _load(self, index: int) -> tuple[torch.Tensor, int]:
         for offset in range(len(self)):
             try:
-                data, label = self.read((index + offset) % len(self))
+                data, label = self.source.read((index + offset) % len(self))
                 return decode(data), label
             except UserError:
                 raise
             except Exception as error:  # decoders raise whatever they like
                 if not self.skip_bad:
                     raise UserError(
-                        f"cannot decode {self.name(index)} ({type(error).__name__}: {printable(error)[:300]}): mend "
-                        "or remove it, or pass --skip_bad_images"
+                        f"cannot decode {self.source.name(index)} ({type(error).__name__}: {printable(error)[:300]}): "
+                        "mend or remove it, or pass --skip_bad_images"
                     ) from error
                 self.bad[(index + offset) % len(self)] = 1
-        raise UserError(f"none of the {len(self)} images can be decoded, such as {self.name(0)}")
+        raise UserError(f"none of the {len(self)} images can be decoded, such as {self.source.name(0)}")
 
     def take_bad(self) -> list[str]:
         """Paths of the files skipped since the last call."""
-        paths = [self.name(i) for i in self.bad.nonzero().flatten().tolist()]
+        paths = [self.source.name(i) for i in self.bad.nonzero().flatten().tolist()]
         self.bad.zero_()
         return paths
 

@@ -45,7 +45,7 @@ class EncodedImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
         try:
-            data, label = self.images.read(index)
+            data, label = self.images.source.read(index)
             size = _jpeg_size(data)
         except OSError:  # `images` names the file or replaces it
             size = None

@@ -4,18 +4,20 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import IterableDataset, default_collate
 
 from util import rng
-from util.data.datasets import Images, TrainSampler
+from util.cli import DataOptions
+from util.data.datasets import Images, TrainSampler, report_bad
 from util.data.decode import JPEG_DECODER
 from util.data.gpu_decode import EncodedImages, check_gpu_decode
-from util.data.readers import Stream
-from util.data.workers import batches, open_loader, worker_options
-from util.dist import Dist
+from util.data.readers import Stream, labelled_images
+from util.data.workers import available_workers, batches, open_loader, worker_options
+from util.dist import Dist, check_ranks_agree
 from util.errors import UserError
 from util.log import log
 
@@ -54,12 +56,10 @@ class DeviceLoader:
         device: torch.device,
         to_device: Callable[..., Batch] | None = None,
         n_batches: int | None = None,
-        n_common: int | None = None,
     ) -> None:
         self.loader, self.device = loader, device
         self.to_device = to_device or _copy_to
         self.n_batches = len(loader) if n_batches is None else n_batches
-        self.n_common = self.n_batches if n_common is None else n_common  # batches that no rank has fewer of
         self.copies = _copy_stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
@@ -127,12 +127,51 @@ def eval_loader(
         loader = open_loader(_Pass(dataset, 0, batch_size), options)
         # a guess, for the progress: a stream need not tell its length, and shares are of whole shards
         n_batches = max(-(-len(dataset) // dataset.world_size // batch_size), 1)
-        return DeviceLoader(loader, env.device, n_batches=n_batches, n_common=0)
+        return DeviceLoader(loader, env.device, n_batches=n_batches)
     indices = range(env.rank, len(dataset), env.world_size) if sharded else range(len(dataset))
     keep = num_workers > 0 and len(indices) > 0
     loader = open_loader(dataset, options, sampler=indices, batch_size=batch_size, persistent_workers=keep)
-    n_common = len(dataset) // env.world_size // batch_size if sharded else None
-    return DeviceLoader(loader, env.device, n_common=n_common)
+    return DeviceLoader(loader, env.device)
+
+
+class Labelled(NamedTuple):
+    """What a classifier is trained and evaluated on; only the last two where it is just evaluated."""
+
+    train_set: Images | Stream | None
+    sampler: TrainSampler | None
+    train_loader: DeviceLoader | None
+    val_set: Images | Stream
+    val_loader: DeviceLoader
+
+    def report_bad(self) -> None:
+        """Log the files that were skipped since the last call."""
+        for images in (self.train_set, self.val_set):
+            if images is not None:
+                report_bad(images)
+
+
+def open_labelled(
+    options: DataOptions, transforms: tuple[Callable | None, Callable], *, nb_classes: int, batch_size: int,
+    accum_iter: int, env: Dist, seed: int, sharded: bool,
+) -> Labelled:  # fmt: skip
+    """Images and loaders of a classifier; `transforms` to train and to evaluate, None for the former evaluates only.
+
+    `sharded`: the processes share the evaluation. Raises UserError, on all ranks, where the images do not fit.
+    """
+    train_set, val_set = labelled_images(
+        options.data_path, options.dataset, (options.train_split, options.val_split), transforms, nb_classes, env,
+        sharded, seed, options.skip_bad_images,
+    )  # fmt: skip
+    check_ranks_agree(env, {"images": [images and images.digest() for images in (train_set, val_set)]})
+    num_workers = available_workers(options.num_workers, env)
+    workers = num_workers, options.pin_mem
+    val_loader = eval_loader(val_set, batch_size, env, sharded, *workers, options.loader_timeout)
+    if train_set is None:
+        return Labelled(None, None, None, val_set, val_loader)
+    sampler = TrainSampler(len(train_set), batch_size, accum_iter, env, seed)
+    loader = train_loader(train_set, sampler, *workers, options.decode, options.loader_timeout)
+    log.info(f"{len(train_set)} images to train, {len(val_set)} to validate, {len(loader)} batches an epoch")
+    return Labelled(train_set, sampler, loader, val_set, val_loader)
 
 
 class _Pass(IterableDataset):

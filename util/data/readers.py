@@ -5,7 +5,6 @@ Readers of the first kind give any image by its number (tar, hfds/NAME) and are 
 their order and augmentation come from (seed, epoch), but change with the number of processes and workers.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +26,14 @@ STREAMS = ("wds", "hfids", "tfds")
 KINDS = ("tar", "hfds", *STREAMS)
 
 
-class ReaderImages(Images):
-    """Images of a reader that gives any of them by its number. Labels from `nb_classes` on raise UserError."""
+class ReaderSource:
+    """The images of a reader that gives any of them by its number. Labels from `nb_classes` on raise UserError."""
 
-    def __init__(self, reader: Reader, nb_classes: int | None, *args) -> None:
-        super().__init__(range(len(reader)), *args)
+    def __init__(self, reader: Reader, nb_classes: int | None) -> None:
         self.reader, self.nb_classes = reader, nb_classes
+
+    def __len__(self) -> int:
+        return len(self.reader)
 
     def read(self, index: int) -> tuple[torch.Tensor, int]:
         """The image's file [n_bytes] uint8, and its label."""
@@ -45,11 +46,6 @@ class ReaderImages(Images):
     def name(self, index: int) -> str:
         """Where the image is, for messages."""
         return printable(self.reader.filename(index))
-
-    def digest(self) -> str:
-        """What tells these images from others: their number, and names among them."""
-        indices = range(0, len(self), max(len(self) // 100, 1))
-        return f"{len(self)} images {hashlib.sha256(repr([self.name(i) for i in indices]).encode()).hexdigest()[:16]}"
 
 
 class Stream:
@@ -175,7 +171,7 @@ def _open(
         ) from error
     if len(reader) == 0:
         raise UserError(f"--dataset {name} (--data_path {root}, split {split!r}) holds no images")
-    images = ReaderImages(reader, nb_classes, transform, seed, skip_bad)
+    images = Images(ReaderSource(reader, nb_classes), transform, seed, skip_bad)
     # each reader has its own name for it
     places = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if isinstance(places, dict) and set(places.values()) == set(range(nb_classes or 0)):
