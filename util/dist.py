@@ -90,9 +90,7 @@ def _meeting(rank: int, world_size: int, dist_url: str, timeout_minutes: float) 
     where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ) if dist_url == "env://" else dist_url
     others = _ranks([other for other in range(world_size) if other != rank])
     waits = f"rank {rank} of {world_size} waits at {where} for {others}, at most {timeout_minutes:g} minutes"
-    remedy = (
-        "if only one was started (srun --pty): start it by srun, torchrun, or unset WORLD_SIZE, SLURM_STEP_NUM_TASKS"
-    )
+    remedy = "if only one was started (srun --pty), use srun or torchrun, or unset WORLD_SIZE, SLURM_STEP_NUM_TASKS"
     late = threading.Timer(10 if rank else 1, say, [f"{waits}; {remedy}"])
     late.start()
     try:
