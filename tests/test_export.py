@@ -21,6 +21,7 @@ import models_mae
 import models_vit
 from util.errors import UserError
 from util.export import export, main
+from util.pos_embed import resample
 from util.transforms import eval_transform
 from util.weights import build
 from util.weights.checkpoint import load_pretrained
@@ -441,6 +442,18 @@ def test_patches_of_another_size(to, tmp_path):
         close(weights["pos_embed"][:, 1:], F.interpolate(old, (side, side), mode="bicubic").flatten(2).mT)
         assert torch.equal(weights["pos_embed"][:, :1], model.pos_embed[:, :1])
         assert re.search(r"patch_size\W+8\b", line)
+
+
+def test_patches_of_14_pixels_become_16_on_the_grid_of_vit_det():
+    """ViT-H/14 at 224 pixels: 16 x 16 positions to 14 x 14. Of smooth images the features hardly change."""
+    model = models_mae.MaskedAutoencoderViT(patch_size=14, embed_dim=64, depth=2, num_heads=4, decoder_depth=1).eval()
+    smooth = F.interpolate(torch.randn(2, 3, 4, 4), (224, 224), mode="bicubic")
+    before = model.encode(smooth)[1]
+    resample(model, 224, 16)
+    assert model.patch_embed.grid_size == (14, 14) and model.pos_embed.shape == (1, 197, 64)
+    assert model.patch_embed.proj.weight.shape == (64, 3, 16, 16)
+    after = F.interpolate(model.encode(smooth)[1], (16, 16), mode="bicubic")
+    assert F.cosine_similarity(before, after).mean() > 0.95
 
 
 def test_what_detectors_do_not_take_is_refused(tmp_path):
