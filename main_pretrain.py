@@ -7,16 +7,18 @@ from timm.optim import param_groups_weight_decay
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import cli, flops, rng, speed
+from util import cli, flops, masks, rng, speed, targets
 from util.data import datasets, loader, readers, workers
-from util.dist import check_ranks_agree, shutdown, wrap
+from util.dist import check_ranks_agree, on_main, share_buffers, shutdown, wrap
 from util.log import log
 from util.look.watch import Watch
 from util.lr_sched import Schedule, scaled_lr
 from util.run import exits
+from util.run.resume import will_resume
 from util.run.run import Run, begin
 from util.step import Step, autocast_dtype
-from util.transforms import pretrain_transform
+from util.transforms import AUGMENTS, pretrain_transform
+from util.weights import build, checkpoint
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -29,7 +31,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
     mae = parser.add_argument_group("masked autoencoding")
     mae.add_argument("--mask_ratio", default=0.75, type=cli.mask_ratio, help="share of patches removed")
-    mae.add_argument("--norm_pix_loss", action="store_true", help="predict pixels normalised per patch")
+    mae.add_argument("--norm_pix_loss", action="store_true", help="predict pixels normalised per patch: --target norm")
+    _add_variants(parser)
     cli.add_crop_options(parser, crop_min=0.2)
     cli.add_data_options(
         parser, "folder of images: its train/ if it has one, else all images below it, at any depth", labelled=False
@@ -39,12 +42,47 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_variants(parser: argparse.ArgumentParser) -> None:
+    """What the paper's table 1 varies; PRETRAIN.md tells the rows."""
+    add = parser.add_argument_group("the paper's variants").add_argument
+    add("--mask", default="random", choices=list(masks.MASKS),
+        help="removes any patches, rectangles, or all but one of every 2 x 2 (--mask_ratio 0.75)")  # fmt: skip
+    add("--target", default=None, choices=list(targets.TARGETS),
+        help="what is predicted: pixels, pixels normalised per patch, coefficients of the patches' principal "
+        "components, ids of --tokenizer (default: pixel; norm with --norm_pix_loss)")  # fmt: skip
+    add("--pca_components", default=None, type=cli.positive, metavar="M",
+        help=f"coefficients of --target pca (default: {targets.N_COMPONENTS}, or all of a smaller patch)")  # fmt: skip
+    add("--tokenizer", default="", metavar="FILE",
+        help="TorchScript or torch.export program, images [N, 3, H, W] as the loader normalises them -> ids [N, L]. "
+        "It is code and runs here: give no file that you don't trust")  # fmt: skip
+    add("--vocab_size", default=None, type=cli.positive, metavar="N",
+        help="number of the tokenizer's ids (default: what the file tells as vocab_size)")  # fmt: skip
+    add("--encoder_mask_tokens", action="store_true", help="the encoder sees a mask token for each removed patch")
+    add("--decoder_depth", default=None, type=cli.positive, metavar="BLOCKS",
+        help="decoder blocks (default: the model's; 8 in the paper's)")  # fmt: skip
+    add("--decoder_width", default=None, type=cli.positive, metavar="CHANNELS",
+        help="a multiple of --decoder_heads and of 4 (default: the model's; 512 in the paper's)")  # fmt: skip
+    add("--decoder_heads", default=None, type=cli.positive, metavar="N",
+        help="attention heads of the decoder (default: the model's; 16 in the paper's)")  # fmt: skip
+    add("--augment", default="rrc", choices=AUGMENTS,
+        help="centre crop; crop of fixed size and random place; random resized crop; the same with colour jitter 0.4. "
+        "All but none flip (--hflip); --crop_min is of the last two")  # fmt: skip
+    add("--init", default="", metavar="FILE",
+        help="weights to start from: path, https URL or a released file's name; of an encoder alone, the decoder is "
+        "new. A resumed run does not read it")  # fmt: skip
+
+
 def main(args: argparse.Namespace) -> None:
     """Pretrain as `args` says. Raises UserError for bad input before the first step."""
+    args.target = targets.chosen(
+        args.target, args.norm_pix_loss, pca_components=("pca", args.pca_components),
+        tokenizer=("tokens", args.tokenizer), vocab_size=("tokens", args.vocab_size),
+    )  # fmt: skip
+    args.norm_pix_loss = args.target == "norm"
     env = begin(args)
 
     # data
-    transform = pretrain_transform(args.input_size, args.crop_min, args.hflip)
+    transform = pretrain_transform(args.input_size, args.crop_min, args.hflip, args.augment)
     dataset = readers.pretraining_images(
         args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images
     )
@@ -61,9 +99,27 @@ def main(args: argparse.Namespace) -> None:
 
     # model
     rng.seed_init(args.seed)
-    model = models_mae.MODELS[args.model](img_size=args.input_size, norm_pix_loss=args.norm_pix_loss)
+    decoder = dict(
+        decoder_embed_dim=args.decoder_width, decoder_depth=args.decoder_depth, decoder_num_heads=args.decoder_heads
+    )
+    options = {name: value for name, value in decoder.items() if value is not None}  # None leaves the model's own
+    if args.encoder_mask_tokens:
+        options["encoder_mask_tokens"] = True
+    model = models_mae.MODELS[args.model](img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, **options)
     models_mae.check_mask_ratio(model.patch_embed.num_patches, args.mask_ratio)
+    if args.mask != "random":  # the default is what the model's file says
+        model.mask_noise = masks.MASKS[args.mask]
+        model.mask_noise(1, model.patch_embed.grid_size, args.mask_ratio, torch.device("cpu"))  # refuses at once
+    target = targets.for_model(args.target, model, env.device, args.pca_components, args.tokenizer, args.vocab_size)
+    if args.target not in ("pixel", "norm"):
+        model.set_target(target)
+    starts = not will_resume(env, args)  # a run that goes on brings all its weights
+    if args.init and starts:
+        checkpoint.load_init(build.find(args.init), model)
     model.to(env.device)
+    if hasattr(target, "prepare") and starts:
+        on_main(env, lambda: target.prepare(targets.sample_patches(model, train_loader)))
+        share_buffers(model)
     log.info(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
     speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)

@@ -28,11 +28,12 @@ def _take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 class MaskedAutoencoderViT(nn.Module):
-    """[N, C, H, W] -> (loss, pred [N, L, P*P*C], mask [N, L]).
+    """[N, C, H, W] -> (loss, pred [N, L, outputs], mask [N, L]).
 
     An asymmetric autoencoder: the encoder sees the kept patches alone, a light decoder sees all positions (paper,
-    section 3). `img_size` and `patch_size` are in pixels; `img_size` is one number or (height, width). `mask_noise` (a
-    function of util/masks.py) and `norm_pix_loss` (see util/targets.py) may be set at any time.
+    section 3). `img_size` and `patch_size` are in pixels; `img_size` is one number or (height, width). Outputs for a
+    patch are its P*P*C pixels, unless `set_target` says otherwise. `mask_noise` (a function of util/masks.py) and
+    `norm_pix_loss` (see util/targets.py) may be set at any time.
     """
 
     def __init__(
@@ -49,11 +50,19 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio: float = 4.0,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         norm_pix_loss: bool = False,
+        encoder_mask_tokens: bool = False,
     ) -> None:
         super().__init__()
         check_divisible(img_size, patch_size)
+        if decoder_embed_dim % decoder_num_heads or decoder_embed_dim % 4:
+            raise UserError(
+                f"a decoder {decoder_embed_dim} wide cannot have {decoder_num_heads} heads: choose --decoder_width, a "
+                "multiple of 4 (of sine and cosine in two directions), and --decoder_heads, which divide it"
+            )
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
+        self.decoder_target = targets.pixel
+        self.encoder_mask_tokens = encoder_mask_tokens
         self.mask_noise = masks.random
         self.grad_checkpointing = False
 
@@ -72,7 +81,7 @@ class MaskedAutoencoderViT(nn.Module):
         # probe best (table 1a); 512 wide it takes less than a tenth of ViT-L's arithmetic a token ("MAE decoder")
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         # one vector for all removed patches: only its position tells the decoder which of them to predict
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim if encoder_mask_tokens else decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, length, decoder_embed_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
@@ -146,14 +155,18 @@ class MaskedAutoencoderViT(nn.Module):
     def forward_encoder(
         self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, C, H, W] -> (latent [N, 1 + K, D], mask [N, L], ids_restore [N, L]). mask_ratio 0 keeps all patches."""
+        """[N, C, H, W] -> (latent [N, 1 + K, D], mask [N, L], ids_restore [N, L]). mask_ratio 0 keeps all patches.
+
+        With `encoder_mask_tokens` the latent has all 1 + L tokens, in image order.
+        """
         given = () if noise is None else (noise,)
         kept, mask, ids_restore = self.random_masking(self._cut(imgs), mask_ratio, *given)
         # masked as pixels, so that only kept patches are embedded: the convolution, whose stride is its size, as a
-        # matrix product. Mask tokens are the decoder's business: here they would cost 3.3 times the arithmetic, and
-        # 14 points of linear probing (table 1c)
+        # matrix product
         projection = self.patch_embed.proj
         tokens = F.linear(kept, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
+        if self.encoder_mask_tokens:  # 3.3 times the arithmetic, and 14 points less in linear probing (table 1c)
+            return self._encode_tokens(self._restore(tokens, ids_restore) + self.pos_embed[:, 1:]), mask, ids_restore
         # where they came from is read off `ids_restore`, which every `random_masking` has to return
         ids_kept = ids_restore.argsort(dim=1)[:, : tokens.shape[1]]
         return self._encode_tokens(tokens + _take(self.pos_embed[:, 1:], ids_kept)), mask, ids_restore
@@ -184,36 +197,53 @@ class MaskedAutoencoderViT(nn.Module):
         return latent[:, 0], latent[:, 1:].transpose(1, 2).unflatten(2, self.patch_embed.grid_size)
 
     def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """(latent [N, 1 + K, D], ids_restore [N, L]) -> pred [N, L, P*P*C]."""
+        """(latent [N, 1 + K, D], ids_restore [N, L]) -> pred [N, L, outputs]."""
         tokens = self.decoder_embed(latent)
-        n, length = ids_restore.shape
-        cls_token, kept = tokens[:, :1], tokens[:, 1:]
-        removed = self.mask_token.to(kept.dtype).expand(n, length - kept.shape[1], -1)
-        # back in image order, so that each token gets the position of its own place
-        patches = _take(torch.cat([kept, removed], dim=1), ids_restore)
+        cls_token, patches = tokens[:, :1], tokens[:, 1:]
+        if not self.encoder_mask_tokens:
+            patches = self._restore(patches, ids_restore)
         tokens = torch.cat([cls_token, patches], dim=1) + self.decoder_pos_embed
         # kept patches are predicted too, though the loss leaves them out: pictures show them, and leaving them out
         # would save 0.2 % of the arithmetic
         return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)[:, 1:]))
 
+    def _restore(self, kept: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """(kept [N, K, any], ids_restore [N, L]) -> [N, L, any]: back in image order, so that each token gets the
+        position of its own place, with the mask token where patches were removed.
+        """
+        n, length = ids_restore.shape
+        removed = self.mask_token.to(kept.dtype).expand(n, length - kept.shape[1], -1)
+        return _take(torch.cat([kept, removed], dim=1), ids_restore)
+
+    def set_target(self, target: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Let the decoder predict `target` (see util/targets.py), with a new last layer where it has other outputs."""
+        self.decoder_target = target
+        if hasattr(target, "n_outputs") and target.n_outputs != self.decoder_pred.out_features:
+            self.decoder_pred = nn.Linear(self.decoder_pred.in_features, target.n_outputs)
+            self._init_weights(self.decoder_pred)
+
     def target(self, patches: torch.Tensor) -> torch.Tensor:
-        """[..., P*P*C] -> [..., P*P*C]: what is to be predicted, with `norm_pix_loss` normalised per patch."""
-        return targets.norm(patches) if self.norm_pix_loss else targets.pixel(patches)
+        """[N, L, P*P*C] -> what is to be predicted: numbers [N, L, outputs], or ids [N, L] of `outputs` kinds."""
+        return targets.norm(patches) if self.norm_pix_loss else self.decoder_target(patches)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(imgs [N, C, H, W], pred [N, L, P*P*C], mask [N, L]) -> scalar, float32: mean squared error per patch,
-        averaged over removed patches (paper, section 3, "Reconstruction target").
+        """(imgs [N, C, H, W], pred [N, L, outputs], mask [N, L]) -> scalar, float32: mean squared error per patch, for
+        ids cross-entropy, averaged over removed patches (paper, section 3, "Reconstruction target").
         """
         # float32 whatever the rest computes in: bf16 has 8 bits, fp16 overflows at 65504
         target = self.target(self.patchify(imgs).float())
-        error_per_patch = (pred.float() - target).square().mean(dim=-1)
+        if target.is_floating_point():
+            error_per_patch = (pred.float() - target).square().mean(dim=-1)
+        else:
+            error_per_patch = F.cross_entropy(pred.float().flatten(0, 1), target.long().flatten(), reduction="none")
+            error_per_patch = error_per_patch.view_as(mask)
         # over removed patches alone, because the result is better: by about 0.5 points (section 3, footnote 1)
         return (error_per_patch * mask).sum() / mask.sum()
 
     def forward(
         self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[N, C, H, W] -> (loss scalar, pred [N, L, P*P*C], mask [N, L]). `noise` [N, L] in [0, 1) decides the mask.
+        """[N, C, H, W] -> (loss scalar, pred [N, L, outputs], mask [N, L]). `noise` [N, L] in [0, 1) decides the mask.
 
         Training uses this loss. Raises UserError where the ratio keeps no patch, or removes none.
         """

@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
-from util.look.visualize import from_images, mask_noise, reconstruct, removed_patches, seeded_noise
+from util.errors import UserError
+from util.look.visualize import from_images, mask_noise, reconstruct, removed_patches, seeded_noise, strategy_noise
 from util.weights import checkpoint
 from util.weights.build import find, open_model
 from util.weights.untrusted import options_of
@@ -71,10 +72,16 @@ def opened(source: str) -> Opened:
 
 
 def random_mask(model: torch.nn.Module, percent: int, seed: int) -> list[bool]:
-    """Which patches are removed: `percent` of them, at least one and not all."""
+    """Which patches are removed: `percent` of them, at least one and not all; by the strategy that the model was
+    trained with, if it has masks of that share.
+    """
     length = model.patch_embed.num_patches
     ratio = min(max(percent / 100, 1 / length), 1 - 1 / length)
-    return removed_patches(seeded_noise(1, length, seed), ratio)[0].tolist()
+    try:
+        noise = strategy_noise(model, 1, ratio, seed)
+    except UserError:
+        noise = seeded_noise(1, length, seed)
+    return removed_patches(noise, ratio)[0].tolist()
 
 
 def fitted_mask(removed: list[bool], grid: tuple[int, int], model: torch.nn.Module) -> list[bool]:

@@ -37,14 +37,15 @@ def pretrain_macs(model: nn.Module, n_kept: int) -> tuple[float, float, float]:
     """MaskedAutoencoderViT -> forward multiply-adds per image of (patch embedding, encoder, decoder).
 
     Counts what the method needs, so that a share of the peak compares implementations: all patches embedded and
-    predicted, 1 + K tokens encoded, 1 + L decoded.
+    predicted, 1 + K tokens encoded (1 + L where the encoder has mask tokens), 1 + L decoded.
     """
     n_patches, width = model.patch_embed.num_patches, model.pos_embed.shape[-1]
-    decoder_width, pixels = model.decoder_pos_embed.shape[-1], model.decoder_pred.out_features
-    kept = 1 + n_kept
+    pixels, outputs = model.patch_embed.proj.weight[0].numel(), model.decoder_pred.out_features
+    decoder_width = model.decoder_pos_embed.shape[-1]
+    kept = 1 + (n_patches if getattr(model, "encoder_mask_tokens", False) else n_kept)
     encoder = len(model.blocks) * block_macs(kept, width)
     decoder = len(model.decoder_blocks) * block_macs(1 + n_patches, decoder_width)
-    ends = kept * width * decoder_width + n_patches * decoder_width * pixels
+    ends = kept * width * decoder_width + n_patches * decoder_width * outputs
     return n_patches * pixels * width, encoder, decoder + ends
 
 

@@ -6,6 +6,7 @@ device's work (util/data/loader.py).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -96,9 +97,33 @@ class RandomCrop:
         return torch.from_numpy(np.array(image)), False
 
 
-def pretrain_transform(size: Size, crop_min: float, hflip: float) -> RandomCrop:
-    """Random resized crop of `crop_min` to 1 of the area, flip (paper, appendix A.1)."""
-    return RandomCrop(_sides(size), transforms.RandomResizedCrop.get_params, (crop_min, 1.0), hflip)
+def _box(img, scale: tuple[float, float], ratio: tuple[float, float], size: tuple[int, int], at_random: bool) -> Box:
+    """Image -> the box of the shape of `size` with sides of 224 / 256 of the largest that fits, in the middle or
+    `at_random` (uniform).
+    """
+    _, height, width = F.get_dimensions(img)
+    fit = min(height / size[0], width / size[1]) * 224 / 256
+    h, w = (min(max(round(side * fit), 1), most) for side, most in zip(size, (height, width), strict=True))
+    if not at_random:
+        return (height - h) // 2, (width - w) // 2, h, w
+    top, left = (int(torch.randint(free + 1, ()).item()) for free in (height - h, width - w))
+    return top, left, h, w
+
+
+AUGMENTS = ("none", "crop", "rrc", "jitter")
+
+
+def pretrain_transform(size: Size, crop_min: float, hflip: float, augment: str = "rrc") -> RandomCrop:
+    """Random resized crop of `crop_min` to 1 of the area, flip (paper, appendix A.1): `rrc`. The others of table 1e:
+    `none`, a centre crop without flip; `crop`, one of fixed size and random place, with flip; `jitter`, `rrc` with
+    brightness, contrast and saturation times 0.6 to 1.4. The paper states neither the size nor the strength.
+    """
+    sides = _sides(size)
+    if augment in ("none", "crop"):
+        at_random = augment == "crop"
+        return RandomCrop(sides, partial(_box, size=sides, at_random=at_random), (1.0, 1.0), hflip * at_random)
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.4) if augment == "jitter" else None
+    return RandomCrop(sides, transforms.RandomResizedCrop.get_params, (crop_min, 1.0), hflip, jitter)
 
 
 def linprobe_transform(size: Size, crop_min: float, hflip: float) -> RandomCrop:

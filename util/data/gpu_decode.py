@@ -104,8 +104,8 @@ def check_gpu_decode(transform: RandomCrop, device: torch.device) -> None:
         raise UserError(f"--decode cuda needs a CUDA GPU, but the device is {device.type}: pass --decode cpu")
     if transform.policy is not None:
         raise UserError(
-            "--decode cuda crops and flips alone, but --aa or --color_jitter work on the CPU: pass --decode cpu, or "
-            "--aa '' without --color_jitter"
+            "--decode cuda crops and flips alone, but --aa, --color_jitter and --augment jitter work on the CPU: "
+            "pass --decode cpu, or --aa '' without --color_jitter, or another --augment"
         )
     if not hasattr(torchvision.io, "decode_jpeg"):  # deprecated since 0.29
         raise UserError("--decode cuda needs torchvision's decoder, which this version has no more: pass --decode cpu")

@@ -40,10 +40,14 @@ class Pictures:
     pasted: torch.Tensor
     loss: float
     statistics: str = ""
+    target: str = ""  # where the prediction is neither pixels nor normalised pixels
 
     def titles(self) -> list[str]:
-        """A title for each of the KINDS; those that show predicted patches say whose statistics they have."""
-        note = f"\n({STATISTICS[self.statistics]})" if self.statistics else ""
+        """A title for each of the KINDS; those that show predicted patches say whose statistics they have, or of what
+        kind of prediction they are made.
+        """
+        note = STATISTICS.get(self.statistics, self.target)
+        note = f"\n({note})" if note else ""
         return [kind + note if kind in ("reconstructed", "pasted") else kind for kind in KINDS]
 
 
@@ -56,7 +60,8 @@ def reconstruct(
     statistics: str = "neighbours",
     **colours: Sequence,
 ) -> Pictures:
-    """Normalised images [N, C, H, W] (and mask noise [N, L]) -> Pictures. `model`: see models_mae.py.
+    """Normalised images [N, C, H, W] (and mask noise [N, L]) -> Pictures. `model`: see models_mae.py. Raises UserError
+    where its target has no pixels.
 
     A model of normalised pixels predicts each patch up to its mean and deviation. `statistics` says where these come
     from: "neighbours" (see `neighbour_statistics`) or "answer", the true patches. Other models don't need it.
@@ -71,7 +76,9 @@ def reconstruct(
     model.eval()
     loss, pred, mask = model(imgs, mask_ratio, *(() if noise is None else (noise,)))
     model.train(was_training)
-    pred = pred.float()
+    pred, target = pred.float(), getattr(model, "decoder_target", None)
+    if not model.norm_pix_loss and hasattr(target, "inverse"):
+        pred = target.inverse(pred)
     if model.norm_pix_loss:
         patches = model.patchify(imgs).float()
         mean, std = patches.mean(dim=-1), (patches.var(dim=-1) + 1e-6).sqrt()  # as in the loss
@@ -84,7 +91,8 @@ def reconstruct(
     masked = torch.where(removed, 0.5, original)  # removed patches in grey
     pasted = torch.where(removed, reconstructed, original)
     used = statistics if model.norm_pix_loss else ""
-    return Pictures(original, masked, reconstructed, pasted, loss.item(), used)
+    kind = f"from {target.n_outputs} coefficients" if not used and hasattr(target, "n_outputs") else ""
+    return Pictures(original, masked, reconstructed, pasted, loss.item(), used, kind)
 
 
 def to_pixels(
@@ -130,6 +138,15 @@ def neighbour_statistics(
 def seeded_noise(n: int, num_patches: int, seed: int) -> torch.Tensor:
     """(N, L, seed) -> mask noise [N, L] for `forward` and `reconstruct`: the same on every machine."""
     return torch.rand(n, num_patches, generator=torch.Generator().manual_seed(seed))
+
+
+def strategy_noise(model: nn.Module, n: int, mask_ratio: float, seed: int) -> torch.Tensor:
+    """(model, N, ratio, seed) -> mask noise [N, L] as the model draws it in training, by its own strategy: the same on
+    every machine. Raises UserError where the strategy has no such ratio.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return model.mask_noise(n, model.patch_embed.grid_size, mask_ratio, torch.device("cpu"))
 
 
 def removed_patches(noise: torch.Tensor, mask_ratio: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from util.dist import Dist, gather, gather_on_all
 from util.errors import UserError
 from util.log import log
 from util.look.features import knn_accuracy, mean_features
-from util.look.visualize import reconstruct, seeded_noise, sheet
+from util.look.visualize import reconstruct, sheet, strategy_noise
 from util.run.run_log import RunLog
 from util.step import autocast_dtype
 from util.transforms import Size, eval_transform
@@ -95,7 +96,7 @@ class Watch:
 
     def _draw(self, model: MaskedAutoencoderViT) -> Image.Image:
         imgs = torch.cat([imgs for imgs, _ in self._batches(self.pictured, sharded=False)])
-        noise = seeded_noise(len(imgs), model.patch_embed.num_patches, seed=0).to(imgs.device)
+        noise = strategy_noise(model, len(imgs), self.mask_ratio, seed=0).to(imgs.device)
         return sheet(reconstruct(model, imgs, self.mask_ratio, noise), across=2)
 
     def _batches(self, images: Dataset, sharded: bool) -> DeviceLoader:
@@ -131,9 +132,11 @@ class Watch:
     def _compare_with_mean(self, model: MaskedAutoencoderViT, loss: float) -> None:
         if self.mean_image_loss is None:
             self.mean_image_loss = mean_image_loss(model, self._training_images())
-            log.info(
-                f"to compare the loss with: the mean image, predicted for every image, gives {self.mean_image_loss:.4f}"
-            )
+            if not math.isnan(self.mean_image_loss):
+                log.info(
+                    "to compare the loss with: the mean image, predicted for every image, gives "
+                    f"{self.mean_image_loss:.4f}"
+                )
         self.losses.append(loss)
         stands = len(self.losses) > PATIENCE and loss > 0.98 * self.losses[-1 - PATIENCE]
         if stands and loss > 0.95 * self.mean_image_loss:
@@ -152,15 +155,15 @@ class Watch:
 
 
 def mean_image_loss(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> float:
-    """Normalised images [n, 3, H, W] -> the model's own loss, were the mean target of the others predicted for each.
+    """Normalised images [n, 3, H, W] -> the model's own loss, were the mean target of the others predicted for each;
+    NaN, which compares with nothing, for fewer than two images and for a target of ids, which have no mean.
 
     For the mean squared error no prediction that is the same for every image does better. With norm_pix_loss it is near
     1, less where images resemble each other.
     """
-    n = len(imgs)
-    if n < 2:
-        return 0.0
-    target = model.target(model.patchify(imgs).float())
+    n, target = len(imgs), model.target(model.patchify(imgs).float())
+    if n < 2 or not target.is_floating_point():
+        return math.nan
     mean_of_others = (target.sum(dim=0) - target) / (n - 1)
     return model.forward_loss(imgs, mean_of_others, torch.ones(target.shape[:2], device=imgs.device)).item()
 

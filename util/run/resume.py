@@ -20,9 +20,9 @@ from util.weights.untrusted import options_of
 # or (the first three) only as a product, which is compared
 MAY_DIFFER = set(
     "batch_size accum_iter world_size output_dir log_dir resume start_epoch data_path num_workers pin_mem finetune "
-    "save_every save_minutes keep_last async_save on_nan loader_timeout dist_timeout dist_url dist_on_itp local_rank "
-    "device compile grad_checkpointing peak_tflops eval dist_eval job_dir ngpus nodes timeout partition use_volta32 "
-    "comment cluster picture_every knn_every val_split".split()
+    "init save_every save_minutes keep_last async_save on_nan loader_timeout dist_timeout dist_url dist_on_itp "
+    "local_rank device compile grad_checkpointing peak_tflops eval dist_eval job_dir ngpus nodes timeout partition "
+    "use_volta32 comment cluster picture_every knn_every val_split".split()
 )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import models_mae
 import models_vit
+from util import masks, targets
 from util.errors import UserError, shown
 from util.log import log
 from util.weights import checkpoint, convert, download, untrusted
@@ -194,11 +196,12 @@ def open_named(
         options["img_size"] = size if isinstance(size, int) else tuple(size)
     if is_mae:
         options["norm_pix_loss"] = known.get("norm_pix_loss", False) if norm_pix_loss is None else norm_pix_loss
+        options |= _own_decoder(state, MODELS[name])
     else:
         options |= {"num_classes": checkpoint.n_classes(weights), "global_pool": "fc_norm.weight" in weights}
     try:
         with torch.device("meta"):  # shapes that cost nothing: a small file must not make room for a large model
-            skeleton = MODELS[name](**options)
+            skeleton = _as_trained(MODELS[name](**options), state)
     except UserError as error:
         raise UserError(f"{source} does not fit {name}: {error.message}") from error
     if is_mae and encoder_only and (heads := [key for key in weights if key.startswith("head.")]):
@@ -210,11 +213,45 @@ def open_named(
         weights = checkpoint.with_positions(skeleton, weights, source, known.get("input_size"))
     decoder = _decoder(skeleton) if encoder_only else {}
     checkpoint.check_fit(skeleton, {**decoder, **weights}, source, whole=weights)
-    network = MODELS[name](**options)
+    network = _as_trained(MODELS[name](**options), state)
     decoder = _decoder(network) if encoder_only else {}
     network.load_state_dict({**decoder, **weights})
     network.classes = None if is_mae else state.get("classes")  # names, as the file has them: main_evaluate.py judges
     return name, network.eval()
+
+
+# what a builder makes that does not say otherwise
+_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16, "encoder_mask_tokens": False}
+
+
+def _own_decoder(state: dict, builder: Callable[..., nn.Module]) -> dict[str, object]:
+    """A checkpoint's content and its model's builder -> the builder's options for decoder and mask tokens, where the
+    file's are others: sizes by its weights, the rest by its arguments.
+    """
+    weights, args = state["model"], untrusted.options_of(state)
+    embed, heads = weights.get("decoder_embed.weight"), args.get("decoder_heads")
+    if embed is None or embed.ndim != 2:
+        return {}
+    blocks = {name.split(".")[1] for name in weights if name.startswith("decoder_blocks.")}
+    told = {"decoder_embed_dim": len(embed), "decoder_depth": len(blocks)}
+    told["encoder_mask_tokens"] = args.get("encoder_mask_tokens") is True
+    if isinstance(heads, int) and 0 < heads <= len(embed):
+        told["decoder_num_heads"] = heads
+    usual = _DECODER | getattr(builder, "keywords", {})
+    return {name: value for name, value in told.items() if usual[name] != value}
+
+
+def _as_trained(network: nn.Module, state: dict) -> nn.Module:
+    """A model, with the target and the mask strategy of a checkpoint's content; weights are not loaded yet."""
+    weights, args = state["model"], untrusted.options_of(state)
+    components, last = weights.get("decoder_target.components"), weights.get("decoder_pred.bias")
+    if components is not None and components.ndim == 2:
+        network.set_target(targets.PCA(components.shape[1], len(components)))
+    elif args.get("target") == "tokens" and last is not None and last.ndim == 1:
+        network.set_target(targets.Tokens(len(last)))
+    if args.get("mask") in masks.MASKS and args["mask"] != "random":
+        network.mask_noise = masks.MASKS[args["mask"]]
+    return network
 
 
 def _decoder(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -174,6 +174,24 @@ def load_pretrained(path_or_url: str | Path, model: nn.Module) -> None:
     log.info(f"loaded pretrained weights from {path_or_url}" + (f"; new: {', '.join(new)}" if new else ""))
 
 
+def load_init(path_or_url: str | Path, model: nn.Module) -> None:
+    """Start a masked autoencoder from the weights of one, or of an encoder alone: its decoder is then new.
+
+    Positions of another grid stay the model's, since all are of one fixed table. Raises UserError naming the keys where
+    anything else does not fit.
+    """
+    weights, own = _named_as(model, load(path_or_url)["model"], path_or_url), model.state_dict()
+    full = is_masked_autoencoder(weights)
+    # components of the target are fitted to the new images, where the file has none
+    new = {key: own[key] for key in own if (key.startswith("decoder_target.") if full else is_decoder(key))}
+    for key in ("pos_embed", "decoder_pos_embed"):
+        theirs, ours = _shape(weights, key), tuple(own[key].shape)
+        if theirs[-1:] == ours[-1:] and theirs != ours:
+            weights = {**weights, key: own[key]}
+    load_strictly(model, {**new, **weights}, path_or_url, whole=weights)
+    log.info(f"starts from {path_or_url}, {describe(weights)}" + ("" if full else ": the decoder is new"))
+
+
 def with_positions(
     model: nn.Module, weights: convert.Weights, name: str | Path, trained: int | Sequence[int] | None
 ) -> convert.Weights:
