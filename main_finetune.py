@@ -37,25 +37,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_classifier_options(parser, global_pool=True)
 
     add = parser.add_argument_group("regularisation").add_argument
-    add(
-        "--drop_path",
-        default=0.1,
-        type=cli.share,
-        help="stochastic depth of the last block; linear from 0 at the first",
-    )
+    add("--drop_path", default=0.1, type=cli.share,
+        help="stochastic depth of the last block; linear from 0 at the first")  # fmt: skip
     add("--clip_grad", default=None, type=cli.above_zero, metavar="NORM", help="maximum gradient norm")
-    add(
-        "--layer_decay",
-        default=0.75,
-        type=cli.above_zero,
-        help="learning rate of a layer over that of the one above it",
-    )
-    add(
-        "--smoothing",
-        default=0.1,
-        type=cli.share_below_1,
-        help="label smoothing: share of the target spread over all classes",
-    )
+    add("--layer_decay", default=0.75, type=cli.above_zero,
+        help="learning rate of a layer over that of the one above it")  # fmt: skip
+    add("--tune_blocks", default="all", type=cli.tuned_blocks, metavar="N",
+        help="train the last N blocks, the norm behind them and the head; 0.5: the MLP half of the last block; 0: the "
+        "head alone; all: everything. The rest gets no gradient, weight decay or stochastic depth")  # fmt: skip
+    add("--opt_betas", default=[0.9, 0.999], type=cli.share_below_1, nargs=2, metavar=("B1", "B2"),
+        help="AdamW's decay of the mean gradient and of its square, per step")  # fmt: skip
+    add("--smoothing", default=0.1, type=cli.share_below_1,
+        help="label smoothing: share of the target spread over all classes")  # fmt: skip
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color_jitter", default=None, type=cli.not_negative, help="strength of colour jitter; used only without --aa")
@@ -112,6 +105,8 @@ def main(args: argparse.Namespace) -> None:
         trunc_normal_(model.head.weight, std=2e-5)
         checkpoint.load_pretrained(args.finetune, model)
     # every start passes here, a resumed one too: the place to freeze by hand, with requires_grad_(False)
+    if args.tune_blocks is not None:
+        models_vit.freeze_all_but_last(model, args.tune_blocks)
     model.to(env.device)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"{args.model}: {n_parameters:,} parameters")
@@ -138,11 +133,11 @@ def main(args: argparse.Namespace) -> None:
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     # fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=env.device.type != "mps")
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(args.opt_betas), fused=env.device.type != "mps")
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
 
     # training
-    told = {"n_images": len(data.train_set), "classes": data.val_set.classes}
+    told = {"n_images": len(data.train_set), "classes": data.val_set.classes, "frozen": flops.frozen_share(model)}
     with Run(env, args, model, step, forward_macs=flops.classifier_macs(model), **told) as run:
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.done.iteration)

@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
 
     # training
     told = {"n_images": len(data.train_set), "classes": data.val_set.classes}
-    with Run(env, args, model, step, forward_macs=flops.classifier_macs(model), frozen=True, **told) as run:
+    with Run(env, args, model, step, forward_macs=flops.classifier_macs(model), frozen=1, **told) as run:
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.done.iteration)
             train_stats = train_one_epoch(

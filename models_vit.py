@@ -109,6 +109,28 @@ class VisionTransformer(timm.models.vision_transformer.VisionTransformer):
         return {"pos_embed", "cls_token"}
 
 
+def freeze_all_but_last(model: VisionTransformer, n_blocks: float) -> None:
+    """Partial fine-tuning (paper, section 4.3): train the last `n_blocks` blocks, the norm behind them and the head.
+
+    0.5: instead of blocks the MLP half of the last one; 0: the head alone. All else gets no gradient, and no stochastic
+    depth: noise is for what learns. In front of the first trained part autograd keeps nothing. Raises UserError where
+    the model has fewer blocks.
+    """
+    depth = len(model.blocks)
+    if n_blocks > depth:
+        raise UserError(f"--tune_blocks {n_blocks}: the model has {depth} blocks. Choose 0 to {depth}, 0.5 or all")
+    model.requires_grad_(False)
+    last = model.blocks[-1]
+    half = [last.norm2, last.mlp, last.ls2] if n_blocks == 0.5 else []
+    behind = [model.norm, model.fc_norm] if n_blocks else []
+    for part in (*model.blocks[depth - int(n_blocks) :], *half, *behind, model.head):
+        part.requires_grad_(True)
+    for block in model.blocks[: depth - int(n_blocks)]:
+        block.drop_path1 = nn.Identity()
+        if block is not last or not half:
+            block.drop_path2 = nn.Identity()
+
+
 vit_tiny_patch4 = partial(VisionTransformer, img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4)
 vit_tiny_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=192, depth=12, num_heads=3)
 vit_small_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=384, depth=12, num_heads=6)

@@ -95,6 +95,13 @@ def path(text: str) -> str:
     return expanded
 
 
+def tuned_blocks(text: str) -> float | None:
+    """Option type: a number of blocks, 0.5 for the MLP half of one, None for all of the model."""
+    if text == "all":
+        return None
+    return 0.5 if text in ("0.5", ".5") else count(text)
+
+
 def _number(kind: type, text: str):
     try:
         value = kind(text)

@@ -56,6 +56,12 @@ def classifier_macs(model: nn.Module) -> float:
     return n_patches * pixels * width + len(model.blocks) * block_macs(1 + n_patches, width)
 
 
+def frozen_share(model: nn.Module) -> float:
+    """VisionTransformer -> share of its blocks that is not trained, and has no backward pass, counted in weights."""
+    weights = [param for param in model.blocks.parameters() if param.ndim > 1]
+    return 1 - sum(param.numel() for param in weights if param.requires_grad) / sum(map(torch.numel, weights))
+
+
 @dataclass(frozen=True)
 class Throughput:
     """What turns the seconds of a step into rates: images per step and peak over all devices, operations per image."""
@@ -74,14 +80,14 @@ class Throughput:
 
 
 def throughput(
-    forward_macs: float, images_per_step: int, env: Dist, peak_tflops: float | None, frozen: bool = False
+    forward_macs: float, images_per_step: int, env: Dist, peak_tflops: float | None, frozen: float = 0
 ) -> Throughput:
     """What a log needs to show images/s and utilisation. `peak_tflops` is of one device; None looks the card up.
 
-    A `frozen` model has no backward pass.
+    `frozen`: share of the arithmetic that has no backward pass.
     """
     if peak_tflops is None and env.device.type == "cuda":
         name = torch.cuda.get_device_name(env.device)
         peak_tflops = next((rate for known, rate in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
     peak_flops = None if peak_tflops is None else peak_tflops * 1e12 * env.world_size
-    return Throughput(images_per_step, (2 if frozen else 6) * forward_macs, peak_flops)
+    return Throughput(images_per_step, (6 - 4 * frozen) * forward_macs, peak_flops)

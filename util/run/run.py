@@ -52,13 +52,13 @@ class Run:
 
     Inside its `with`, signals are noted, and obeyed after an optimizer step; one run at a time has the folder.
     `n_images`: training images, which a run that resumes is to have too; `forward_macs`: multiply-adds of an image's
-    forward pass, with no backward pass where `frozen`; `milestones`: epochs between those that --keep_last keeps;
-    `classes`: a classifier's class names.
+    forward pass, a share `frozen` of them without backward pass; `milestones`: epochs between those that --keep_last
+    keeps; `classes`: a classifier's class names.
     """
 
     def __init__(
         self, env: Dist, args: argparse.Namespace, model: nn.Module, step: Step, *, n_images: int | None = None,
-        forward_macs: float = 0, frozen: bool = False, milestones: int | None = None, classes: list[str] | None = None,
+        forward_macs: float = 0, frozen: float = 0, milestones: int | None = None, classes: list[str] | None = None,
     ) -> None:  # fmt: skip
         self.env, self.args, self.model, self.step, self.n_images = env, args, model, step, n_images
         self.classes = classes
