@@ -17,7 +17,7 @@ from util.look import charts, results, tables
 from util.look.records import Watch, evaluate
 from util.run import exits
 from util.step import autocast_dtype
-from util.weights import build, download
+from util.weights import build, checkpoint, download
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -116,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
     # what is done already
     md5 = on_main(env, lambda: results.md5_of(path))
     published = results.published_for(path.name, md5)
+    md5 += checkpoint.AVERAGE * args.resume.endswith(checkpoint.AVERAGE)  # other weights of one file
     header = {
         "checkpoint": args.resume, "md5": md5, "model": name, "input_size": list(size),
         "precision": str(dtype or torch.float32).removeprefix("torch."), "versions": results.versions(),
@@ -166,6 +167,7 @@ def open_classifier(args: argparse.Namespace) -> tuple[str, nn.Module, object, P
     if args.global_pool not in (None, pooled):
         wanted, other = ("--global_pool", "--cls_token")[:: 1 if args.global_pool else -1]
         raise UserError(f"{wanted}: {args.resume} was trained with {other}: leave the option out")
+    place = place.removesuffix(checkpoint.AVERAGE)
     path = download.fetch(place) if place.startswith("https://") else Path(place)
     return name, model, model.classes, path
 

@@ -7,6 +7,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import models_vit
@@ -47,6 +48,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "head alone; all: everything. The rest gets no gradient, weight decay or stochastic depth")  # fmt: skip
     add("--opt_betas", default=[0.9, 0.999], type=cli.share_below_1, nargs=2, metavar=("B1", "B2"),
         help="AdamW's decay of the mean gradient and of its square, per step")  # fmt: skip
+    add("--model_ema", default=None, type=cli.share_below_1, metavar="DECAY",
+        help="average the weights: DECAY x average + (1 - DECAY) x weights after each optimizer step; evaluated and "
+        "saved beside them. Costs a copy of the model and a pass over it a step. none: no average")  # fmt: skip
     add("--smoothing", default=0.1, type=cli.share_below_1,
         help="label smoothing: share of the target spread over all classes")  # fmt: skip
 
@@ -110,6 +114,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(env.device)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"{args.model}: {n_parameters:,} parameters")
+    average = None if args.model_ema is None else ModelEmaV3(model, args.model_ema)
     speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)
 
@@ -134,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     # fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(args.opt_betas), fused=env.device.type != "mps")
-    step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad)
+    step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad, average)
 
     # training
     told = {"n_images": len(data.train_set), "classes": data.val_set.classes, "frozen": flops.frozen_share(model)}
@@ -146,6 +151,10 @@ def main(args: argparse.Namespace) -> None:
                 erase=erase, mixup=mixup, seed=args.seed,
             )  # fmt: skip
             test_stats = evaluate(model, data.val_loader, env, dtype, args.dist_eval, run)
+            if average:
+                log.info("The average of the weights (--model_ema):")
+                of_average = evaluate(average.module, data.val_loader, env, dtype, args.dist_eval, run)
+                test_stats |= {f"{name}_ema": value for name, value in of_average.items()}
             data.report_bad()
             run.after_epoch(epoch, train_stats, test_stats)
     shutdown()

@@ -17,6 +17,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -948,7 +949,7 @@ def test_pretraining_reads_no_tensor_between_log_points(monkeypatch, dtype, clip
     assert reads.at_log_points == (4 if dtype is torch.float16 else 2)
 
 
-@pytest.mark.parametrize("kind", ["finetune", "mixup", "probe"])
+@pytest.mark.parametrize("kind", ["finetune", "mixup", "probe", "average"])
 def test_classifiers_read_no_tensor_between_log_points(monkeypatch, kind):
     torch.manual_seed(0)
     model = small_vit(drop_path_rate=0.2)
@@ -962,6 +963,7 @@ def test_classifiers_read_no_tensor_between_log_points(monkeypatch, kind):
         model.head = nn.Sequential(nn.BatchNorm1d(24, affine=False, eps=1e-6), nn.Linear(24, 5))
         optimizer, criterion = LARS(model.head.parameters(), lr=9.0), nn.CrossEntropyLoss()
     step = Step(model, optimizer, CPU.device, torch.bfloat16, accum_iter=2, clip_grad=None if kind == "probe" else 1.0)
+    step.average = ModelEmaV3(model, 0.9) if kind == "average" else None
     loader, run = [(torch.randn(2, 3, 16, 16), torch.randint(5, (2,))) for _ in range(6)], quiet_run(step)
     with HostReads(monkeypatch) as reads:
         engine_finetune.train_one_epoch(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 
@@ -35,6 +36,9 @@ class Step:
     others the host reads one value an update. `grad_norm` is the norm of the last update's gradient before clipping to
     `clip_grad`, a maximum norm; it stays on the device, and is NaN before the first update. With fp16 it is not finite
     where loss scaling overflowed, which is no fault.
+
+    `average` follows the weights, a step behind each update, on the device; an update that is left out there adds the
+    weights as they are once more.
     """
 
     def __init__(
@@ -45,8 +49,9 @@ class Step:
         dtype: torch.dtype | None = None,
         accum_iter: int = 1,
         clip_grad: float | None = None,
+        average: ModelEmaV3 | None = None,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.average = model, optimizer, average
         self.accum_iter, self.clip_grad = accum_iter, clip_grad
         self.device, self.dtype = device, dtype
         # only fp16 has too few exponent bits for small gradients; disabled, the scaler passes everything through
@@ -98,3 +103,5 @@ class Step:
         self.scaler.step(self.optimizer)  # skips the step where scaled gradients overflowed
         self.scaler.update()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.model)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from util.dist import Dist, on_main
@@ -85,9 +86,9 @@ def refuse_second_run(env: Dist, output_dir: str, resume: str) -> None:
 
 def resume(
     env: Dist, args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler, n_images: int | None = None,
+    scaler: torch.amp.GradScaler, n_images: int | None = None, average: ModelEmaV3 | None = None,
 ) -> Start:  # fmt: skip
-    """Load what --resume says into model, optimizer and scaler; return where to start.
+    """Load what --resume says into model, its average, optimizer and scaler; return where to start.
 
     A file without optimizer (released weights) gives the model alone, and a start at --start_epoch. `n_images`: of the
     training set, compared with the file's. Raises UserError naming what does not fit the model.
@@ -103,6 +104,7 @@ def resume(
     saved_args = options_of(state)
     _check_size(path, saved_args, args)
     checkpoint.load_strictly(model, state["model"], path)
+    load_average(path, state, average)
     if not has_training_state(state):
         log.info(f"resumed {path}")
         return Start(args.start_epoch)
@@ -175,6 +177,17 @@ def load_training_state(
         ) from error
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
+
+
+def load_average(path: str | Path, state: dict, average: ModelEmaV3 | None) -> None:
+    """Load the average of the weights from the checkpoint at `path`; one without is a start from its weights."""
+    if average is None:
+        return
+    weights = state.get("model_ema")
+    if not isinstance(weights, dict):
+        log.warning(f"{path} has no average of the weights: that of --model_ema starts from its weights")
+        weights = state["model"]
+    checkpoint.load_strictly(average.module, weights, path)
 
 
 def _start(path: str | Path, state: dict, saved: dict, args: argparse.Namespace, env: Dist) -> Start:

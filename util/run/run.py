@@ -3,7 +3,7 @@
 A checkpoint is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict), `world_size`, `n_images` and
 `trained` (names of the optimizer's parameters, in its order); within an epoch also `iteration` (batches done) and
 `progress` (the sums of its means so far); in classifiers `max_accuracy`, `best` and
-`classes` (names in label order).
+`classes` (names in label order), and with --model_ema `model_ema`, named as `model`.
 """
 
 import argparse
@@ -89,6 +89,7 @@ class Run:
                 resume.check_new(self.writer.folder)  # again: a run that this one has waited for has left its files
             trained = [param for param in self.model.parameters() if param.requires_grad]
             tensors = [*self.model.state_dict().values(), *trained, *trained]  # two moments, at most
+            tensors += self.step.average.module.state_dict().values() if self.step.average else []
             args, milestones = self.args, self.writer.milestones
             n_files = min(-(-args.epochs // args.save_every), args.keep_last or args.epochs) + files.KEPT_ANYWAY
             if milestones and args.keep_last:
@@ -125,7 +126,7 @@ class Run:
             f"lr {lr:.3g}, effective batch {effective_batch}, {self.env.world_size} x {self.env.device.type}, {dtype}"
         )
         record_start(self.env, args)
-        start = resume.resume(self.env, args, self.model, step.optimizer, step.scaler, self.n_images)
+        start = resume.resume(self.env, args, self.model, step.optimizer, step.scaler, self.n_images, step.average)
         self.max_accuracy = start.max_accuracy
         if self.writer:
             self.writer.best = start.best
@@ -182,9 +183,9 @@ class Run:
         self.save_epoch(epoch, accuracy)
         stats = {f"train_{name}": train[name] for name in ("lr", "loss")}
         if test is not None:
-            for name in ("acc1", "acc5", "loss"):
-                self.log.scalar(f"perf/test_{name}", test[name], epoch)
-            stats |= {f"test_{name}": test[name] for name in ("loss", "acc1", "acc5")}
+            for name, value in test.items():
+                self.log.scalar(f"perf/test_{name}", value, epoch)
+            stats |= {f"test_{name}": value for name, value in test.items()}
         stats["epoch"] = epoch
         if test is not None:
             stats["n_parameters"] = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
@@ -247,6 +248,8 @@ class Run:
             "world_size": self.env.world_size,
             "trained": resume.trained(self.model, self.step.optimizer),
         }
+        if self.step.average:
+            state["model_ema"] = self.step.average.module.state_dict()
         if self.n_images is not None:
             state["n_images"] = self.n_images
         if self.classes is not None:
@@ -270,6 +273,7 @@ class Run:
             return False
         checkpoint.load_strictly(self.model, state["model"], path)
         resume.load_training_state(path, state, self.step.optimizer, self.step.scaler)
+        resume.load_average(path, state, self.step.average)
         self.step.drop()
         return True
 

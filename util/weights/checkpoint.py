@@ -18,6 +18,8 @@ from util.pos_embed import interpolate_pos_embed
 from util.weights import convert, download, hub, untrusted
 from util.weights.download import RELEASES
 
+AVERAGE = "#model_ema"  # behind a path or URL: the average of the weights (--model_ema) in the place of the weights
+
 # parts of other Vision Transformers, by their names
 _OTHER_PARTS = {
     r"(^|\.)(dist_token|head_dist|distillation_token)": "a distillation token (DeiT)",
@@ -31,20 +33,24 @@ _OTHER_PARTS = {
 def load(path_or_url: str | Path) -> dict:
     """Path, https URL or address on a hub -> the file's dict, on the CPU, with finite weights under `model`. Downloads
     are kept: see util/weights/download.py and hub.py. Of the files of other projects the dict has `model`, under our
-    names, and `args` alone.
+    names, and `args` alone. `FILE#model_ema`: the average of the weights is the `model`, without training state.
 
     Raises UserError where the file is missing, damaged, no checkpoint (the message says what it is), or holds anything
     but tensors, plain values and an `argparse.Namespace` (as files of the original code do).
     """
-    url = str(path_or_url := hub.local(path_or_url))
+    url = str(hub.local(str(path_or_url).removesuffix(AVERAGE)))
     if "://" in url and not url.startswith("https://"):
         raise UserError(f"no checkpoint {url}: give a file or an https:// URL")
-    path = download.fetch(url) if url.startswith("https://") else Path(path_or_url)
+    path = download.fetch(url) if url.startswith("https://") else Path(url)
     try:
         state = untrusted.read(path)
+        if str(path_or_url).endswith(AVERAGE):
+            state = _average_of(state, path)
         weights = convert.find_weights(state, path)
         untrusted.check_weights(weights, path, path.stat().st_size)
         if weights is state.get("model"):
+            if isinstance(state.get("model_ema"), dict):
+                untrusted.check_weights(state["model_ema"], path, path.stat().st_size)
             return state
         args = {"args": state["args"]} if "args" in state else {}
         return {"model": convert.to_our_names(weights, path), **args}
@@ -52,6 +58,12 @@ def load(path_or_url: str | Path) -> dict:
         if url.startswith("https://"):
             raise UserError(f"{error.message}. It came from {url}: remove it to download it again") from error
         raise
+
+
+def _average_of(state: object, path: Path) -> dict:
+    if not isinstance(state, dict) or not isinstance(state.get("model_ema"), dict):
+        raise UserError(f"{path} has no average of the weights, which --model_ema saves: leave out {AVERAGE}")
+    return {"model": state["model_ema"], **{name: state[name] for name in ("args", "classes") if name in state}}
 
 
 def resume_for_eval(path_or_url: str, model: nn.Module) -> None:
