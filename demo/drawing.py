@@ -156,11 +156,7 @@ def row_of(drawing: Drawing, removed: list[bool], grid: tuple[int, int], first: 
     over = {"masked": f'<div {paint} style="{style}">{cells}</div>'}
     figures = []
     for kind, caption in CAPTIONS.items():
-        save = (
-            f'<a href="{sources[kind]}" download="{kind}" title="save this picture">save</a>'
-            if kind != "masked"
-            else ""
-        )
+        save = f'<a href="{sources[kind]}" download="{kind}" title="save">&#8615;</a>' if kind in shown else ""
         figures.append(
             f"<figure{f' id={kind}' if first else ''}><figcaption><span>{caption}</span>{save}</figcaption>"
             f'<div class="pic" style="aspect-ratio: {width} / {height}">'

@@ -56,7 +56,7 @@ def intro() -> str:
     return (
         "<h1>What a masked autoencoder sees</h1><p>Most of the picture is hidden, and the model fills it in from the "
         "rest. <b>Paint on the second picture</b>, by clicking or dragging, to hide patches or show them again. "
-        f"({', '.join(links)})</p>"
+        f"{' · '.join(links)}</p>"
     )
 
 

@@ -4,13 +4,17 @@ A file is opened only where it is a regular one that gradio put into its upload 
 read. Files that nobody reads (their visitor left in between) are removed by gradio's `delete_cache`.
 """
 
+import io
 import os
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import gradio as gr
 from PIL import Image, ImageOps
+
+from util import decode
 
 MAX_MEGABYTES, MAX_MEGAPIXELS = 20, 50
 SIDE = 640  # pixels that are kept of a picture: models see 224, and 300 visitors' pictures are in memory at once
@@ -51,15 +55,17 @@ def read_upload(path: object) -> Image.Image:
             real.unlink(missing_ok=True)
 
 
-def open_picture(file: object) -> Image.Image:
-    """Path or binary file of a picture -> RGB, at most SIDE pixels wide and high. Raises Sorry."""
+def open_picture(file: BinaryIO) -> Image.Image:
+    """File of a picture -> RGB, at most SIDE pixels wide and high; values by `decode.to_rgb`. Raises Sorry."""
     try:
-        image = Image.open(file, formats=FORMATS)
-        megapixels = image.width * image.height / 1e6  # the header tells, nothing is decoded yet
-        if megapixels > MAX_MEGAPIXELS:
-            raise Sorry(f"This picture has {megapixels:.0f} megapixels. Please send at most {MAX_MEGAPIXELS}.")
+        raw = file.read()
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        frame = decode.jpeg_frame(raw) if image.format in ("JPEG", "MPO") else None  # libjpeg may see another size
+        pixels = max(image.width * image.height, frame.width * frame.height if frame else 0)
+        if pixels > MAX_MEGAPIXELS * 1e6:  # so far nothing is decoded
+            raise Sorry(f"This picture has {pixels / 1e6:.0f} megapixels. Please send at most {MAX_MEGAPIXELS}.")
         image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at a fraction of its size
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = decode.to_rgb(ImageOps.exif_transpose(image))
     except Sorry:
         raise
     except Image.DecompressionBombError as error:

@@ -24,7 +24,7 @@ from PIL import Image
 
 import models_mae
 from util.errors import UserError
-from util.look.visualize import from_images, mask_noise, reconstruct
+from util.visualize import from_images, mask_noise, reconstruct
 
 gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")  # comes with gradio
@@ -147,6 +147,11 @@ def test_impossible_wishes_get_words(tmp_path):
         do.check(None)
 
 
+def opened_picture(path):
+    with open(path, "rb") as file:
+        return uploads.open_picture(file)
+
+
 def decoded(url):
     """The bytes of a data URL."""
     return urllib.request.urlopen(url).read()
@@ -166,18 +171,32 @@ def test_broken_and_huge_uploads_get_a_friendly_note(tmp_path):
     for content in (b"", b"no picture", b"\x89PNG\r\n\x1a\n" + b"0" * 50, b"<svg/>"):
         path.write_bytes(content)
         with pytest.raises(gr.Error, match="cannot be read as a picture"):
-            uploads.open_picture(path)
+            opened_picture(path)
     picture().save(path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(gr.Error, match="cannot be read as a picture"):
-        uploads.open_picture(path)
+        opened_picture(path)
     png_of(10_000, 8_000, path)
     start = time.perf_counter()
     with pytest.raises(gr.Error, match="80 megapixels"):
-        uploads.open_picture(path)
+        opened_picture(path)
     png_of(100_000, 100_000, path)
     with pytest.raises(gr.Error, match="far too large"):
-        uploads.open_picture(path)
+        opened_picture(path)
+    assert time.perf_counter() - start < 1, "without decoding"
+
+
+@pytest.mark.parametrize("stray", [b"", b"\x00\x12\x34", b"\xff\xd0", b"\xff\x01"])
+def test_a_jpeg_whose_size_only_libjpeg_sees_is_refused(tmp_path, stray):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "jpeg")
+    content = bytearray(file.getvalue())
+    frame = content.find(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = (24_000).to_bytes(2, "big") * 2
+    (tmp_path / "a.jpg").write_bytes(content[:frame] + stray + content[frame:])
+    start = time.perf_counter()
+    with pytest.raises(gr.Error, match="megapixels|cannot be read"):
+        opened_picture(tmp_path / "a.jpg")
     assert time.perf_counter() - start < 1, "without decoding"
 
 
@@ -185,16 +204,20 @@ def test_broken_and_huge_uploads_get_a_friendly_note(tmp_path):
 def test_pictures_of_every_kind_are_welcome(tmp_path, mode):
     ending = {"CMYK": "jpg"}.get(mode, "png")
     image = picture(size=(2000, 50)).convert("L" if mode == "I;16" else mode).convert(mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image) * np.uint16(257))
     image.save(tmp_path / f"a.{ending}")
-    opened = uploads.open_picture(tmp_path / f"a.{ending}")
+    opened = opened_picture(tmp_path / f"a.{ending}")
     assert opened.mode == "RGB" and opened.size[0] <= uploads.SIDE
+    mean = np.asarray(picture(size=(2000, 50)).convert("L")).mean()
+    assert abs(np.asarray(opened.convert("L")).mean() - mean) < 30, "neither black nor white"
 
 
 def test_a_photograph_is_turned_as_the_camera_was(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(size=(60, 40)).save(tmp_path / "a.jpg", exif=exif)
-    assert uploads.open_picture(tmp_path / "a.jpg").size == (40, 60)
+    assert opened_picture(tmp_path / "a.jpg").size == (40, 60)
 
 
 def test_checkpoints_given_come_before_the_environment_s_and_the_demo_s(tmp_path, monkeypatch):
