@@ -27,13 +27,16 @@ VISITORS = 300  # whose pictures, of 1 MB, and last drawings are kept; the one w
 
 
 def local_checkpoints(paths: list[str]) -> dict[str, str]:
-    """Paths, or else MAE_CHECKPOINT, or else the newest ones that the demos trained -> {name to show: path}."""
+    """Paths, or else MAE_CHECKPOINT, or else the newest of each demo, the last demo first -> {name to show: path}."""
     if not paths and os.environ.get("MAE_CHECKPOINT"):
         paths = [os.environ["MAE_CHECKPOINT"]]
     if not paths:
-        trained = (ROOT / "demo").glob("output*/pretrain/checkpoint-*.pth")
-        newest = {path.parent: path for path in sorted(trained, key=lambda path: path.stat().st_mtime)}
-        paths = [str(path) for path in sorted(newest.values(), key=lambda path: -path.stat().st_mtime)]
+        trained = sorted((ROOT / "demo" / "output").glob("*/pretrain/checkpoint-*.pth"), key=os.path.getmtime)
+        newest = {path.parents[1].name: str(path) for path in trained}
+        return {
+            f"tiny, {name}, pixels": newest[name]
+            for name in sorted(newest, key=lambda name: -os.path.getmtime(newest[name]))
+        }
     names = {}
     for path in paths:
         name = f"{Path(path).stem} ({Path(path).resolve().parent.name})"

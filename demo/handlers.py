@@ -4,6 +4,7 @@ What a visitor chose is one `Visit` in gr.State, which each visitor has for hims
 a model's name, numbers, a mask, an upload. Pictures go out as data URLs: the answers name no file of the server.
 """
 
+import functools
 import time
 from dataclasses import dataclass, replace
 from html import escape
@@ -166,7 +167,11 @@ class Handlers:
 
     def thumbs(self, visit: Visit) -> str:
         """The examples for the model, as HTML."""
-        kind = self.kind_for(self.models(visit)[0].kind)
+        return self.thumbs_of(self.kind_for(self.models(visit)[0].kind))
+
+    @functools.cache  # noqa: B019  one instance, which the page has as long as it lives
+    def thumbs_of(self, kind: str) -> str:
+        """The examples of one kind, as HTML."""
         buttons = "".join(
             f'<button data-index="{i}" aria-label="example {i + 1}"><img src="{address(thumb(image))}" alt=""></button>'
             for i, image in enumerate(self.examples[kind])

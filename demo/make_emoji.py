@@ -56,7 +56,7 @@ def pictures(side: int = 48, val_share: int = 6) -> Iterator[tuple[Image.Image, 
     font = ImageFont.truetype(str(_openmoji() / FONT), round(2.9 * side))
     paint = random.Random(0)
     for i, (text, group, design) in enumerate(emoji()):
-        background = f"hsl({paint.randrange(360)}, {paint.randint(40, 90)}%, {paint.randint(78, 94)}%)"
+        background = f"hsl({paint.randrange(360)}, {paint.randint(40, 90)}%, {paint.randint(84, 96)}%)"
         split = "val" if design % val_share == 0 else "train"
         yield draw_emoji(text, font, side, background), f"{split}/{group}/{i:04d}.png"
 

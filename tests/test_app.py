@@ -21,10 +21,10 @@ import pytest
 import torch
 from helpers import ROOT
 from PIL import Image
+from util.visualize import from_images, mask_noise, reconstruct
 
 import models_mae
 from util.errors import UserError
-from util.visualize import from_images, mask_noise, reconstruct
 
 gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")  # comes with gradio
@@ -224,15 +224,23 @@ def test_checkpoints_given_come_before_the_environment_s_and_the_demo_s(tmp_path
     monkeypatch.setattr(app, "ROOT", tmp_path)
     monkeypatch.delenv("MAE_CHECKPOINT", raising=False)
     assert app.local_checkpoints([]) == {}
-    trained = tmp_path / "demo" / "output" / "pretrain"
-    trained.mkdir(parents=True)
-    for i, name in enumerate(("checkpoint-99.pth", "checkpoint-4.pth")):
-        (trained / name).touch()
-        os.utime(trained / name, (i, i))
-    assert app.local_checkpoints([]) == {"checkpoint-4 (pretrain)": str(trained / "checkpoint-4.pth")}
+    for i, (demo, name) in enumerate(
+        (("digits", "checkpoint-99.pth"), ("emoji", "checkpoint-9.pth"), ("emoji", "checkpoint-4.pth"))
+    ):
+        trained = tmp_path / "demo" / "output" / demo / "pretrain" / name
+        trained.parent.mkdir(parents=True, exist_ok=True)
+        trained.touch()
+        os.utime(trained, (i, i))
+    emoji, digits = app.local_checkpoints([]).items()
+    assert emoji == ("tiny, emoji, pixels", str(trained))
+    assert digits == (
+        "tiny, digits, pixels",
+        str(tmp_path / "demo" / "output" / "digits" / "pretrain" / "checkpoint-99.pth"),
+    )
     monkeypatch.setenv("MAE_CHECKPOINT", "/a/b.pth")
     assert app.local_checkpoints([]) == {"b (a)": "/a/b.pth"}
-    assert list(app.local_checkpoints(["x/c.pth", "y/c.pth"])) == ["c (x)", "c (y)"]
+    names = app.local_checkpoints(["x/c.pth", "y/c.pth", "z/x/c.pth"])
+    assert list(names) == ["c (x)", "c (y)", "c (x)'"] and list(names.values()) == ["x/c.pth", "y/c.pth", "z/x/c.pth"]
 
 
 def test_without_weights_the_server_does_not_start(tmp_path, monkeypatch, capsys):
@@ -259,6 +267,13 @@ def test_a_base_model_answers_in_two_seconds_on_two_cores():
     finally:
         torch.set_num_threads(threads)
     assert min(seconds) < 2, seconds
+    # where the CPU computes in bf16, so does the page: two grey levels from float32 at most
+    image = picture(size=(1024, 768))
+    ratio, noise = mask_noise(torch.tensor([removed]))
+    expected = (
+        255 * reconstruct(model, from_images([image], (224, 224)), ratio, noise).pasted[0].permute(1, 2, 0).numpy()
+    )
+    assert np.abs(np.asarray(drawing.draw(model, image, removed).pasted) - expected).mean() < 2
 
 
 # what a Space needs
