@@ -24,10 +24,10 @@ from util import rng
 from util.data.datasets import Images, list_classes
 from util.data.loader import DeviceLoader, eval_loader
 from util.dist import Dist
-from util.errors import UserError
+from util.errors import UserError, fail
 from util.look.features import knn_accuracy, mean_features
 from util.look.visualize import reconstruct, seeded_noise, sheet
-from util.run import exits, files
+from util.run import files
 from util.transforms import eval_transform
 from util.weights import checkpoint
 
@@ -67,7 +67,7 @@ def main() -> None:
     try:
         demo(args.set, args.output or ROOT / "demo" / "output" / args.set, args.epochs, args.seed)
     except UserError as error:
-        exits.fail(error)
+        fail(error)
 
 
 def demo(name: str, out: Path, epochs: int | None, seed: int) -> None:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import gradio as gr
 from PIL import Image, ImageOps
 
-from util import decode
+from util.data import decode
 
 MAX_MEGABYTES, MAX_MEGAPIXELS = 20, 50
 SIDE = 640  # pixels that are kept of a picture: models see 224, and 300 visitors' pictures are in memory at once

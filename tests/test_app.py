@@ -21,10 +21,10 @@ import pytest
 import torch
 from helpers import ROOT
 from PIL import Image
-from util.visualize import from_images, mask_noise, reconstruct
 
 import models_mae
 from util.errors import UserError
+from util.look.visualize import from_images, mask_noise, reconstruct
 
 gr = pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")  # comes with gradio
