@@ -33,9 +33,9 @@ _WITH_NAME = ("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_
 TIMM_NAMES = {name: f"{name}_224" for name in _WITH_NAME}
 
 
-def _code(value: object) -> str:
-    """A path, or a number, as a literal of Python."""
-    return json.dumps(str(value), ensure_ascii=False) if isinstance(value, str | Path) else repr(value)
+def _code(path: Path) -> str:
+    """A path as a literal of Python."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def to_timm(model: nn.Module, name: str, prepared: dict, path: Path) -> str:
@@ -163,16 +163,12 @@ class _Autoencoder(nn.Module):
 
 
 def to_onnx(model: nn.Module, part: str, mask_ratio: float, path: Path) -> str:
-    """Trace the model with a free batch size; weights of over 2 GB go into a file beside it. Returns the line that
-    loads it.
-    """
+    """Trace with a free batch size; weights of over 2 GB go into a file beside it. Returns the line that loads it."""
     for package in ("onnx", "onnxscript"):
         try:
             __import__(package)
         except ImportError as error:
-            raise UserError(
-                f"--to onnx needs packages that are missing: pip install onnx onnxscript ({error})"
-            ) from error
+            raise UserError(f"--to onnx needs missing packages: pip install onnx onnxscript ({error})") from error
     inputs = {"images": torch.randn(2, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)}
     if not isinstance(model, MaskedAutoencoderViT):
         outputs = ["logits"]
