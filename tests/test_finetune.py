@@ -65,8 +65,7 @@ def command(images, start, *more):
     return (*given, "--warmup_epochs", 0, "--blr", 0.5, *more)
 
 
-@pytest.mark.parametrize("pooled", [True, False])
-@pytest.mark.parametrize("tuned", TUNED)
+@pytest.mark.parametrize(("tuned", "pooled"), [*zip(TUNED, [True, False] * 3, strict=True), ("0", False)])
 def test_what_is_trained_and_nothing_else_changes(tuned, pooled, images, start, tmp_path):
     """From the start and resumed: by the names of what a run has changed, and by what its optimizer keeps."""
     args = command(images, start, "--tune_blocks", tuned, "--global_pool" if pooled else "--cls_token")
