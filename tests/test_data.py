@@ -29,7 +29,7 @@ from util.data.datasets import (
 )
 from util.data.loader import eval_loader, normalise, train_loader
 from util.data.readers import pretraining_images
-from util.data.workers import available_workers
+from util.data.workers import available_workers, open_loader
 from util.dist import Dist
 from util.errors import UserError
 from util.transforms import eval_transform, finetune_transform, linprobe_transform, pretrain_transform
@@ -581,7 +581,7 @@ def test_workers_may_be_spawned(context, six):
     """Python 3.14 and other systems than Linux do not fork: everything that workers need must travel by pickle."""
     dataset = Images(six, TRAINING["finetune"](32), skip_bad=True)
     keys = [[(0, 1), (0, 2)], [(0, 3), (0, 4)]]
-    loader = DataLoader(dataset, batch_sampler=keys, num_workers=1, multiprocessing_context=context)
+    loader = open_loader(dataset, {"num_workers": 1, "multiprocessing_context": context}, batch_sampler=keys)
     here = DataLoader(dataset, batch_sampler=keys)
     for there, expected in zip(loader, here, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(there, expected, strict=True))
