@@ -17,6 +17,7 @@ from helpers import ON_CPU, assert_same, load, quiet_run, torchrun, write_image,
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import engine_finetune
 import engine_pretrain
 import main_finetune
 import main_pretrain
@@ -159,7 +160,7 @@ def worker(folder: Path) -> None:
     own = ("--data_path", folder / ("images", "copy")[env.rank], "--num_workers", env.rank, "--device", "cpu")
     refusals["nothing"] = refusal(env, main_pretrain, *own)
     # the script finds this group, which stays for the other checks
-    util.run.run.init_distributed, main_finetune.shutdown = lambda *_: env, lambda: None
+    util.run.run.init_distributed, engine_finetune.shutdown = lambda *_: env, lambda: None
     results = {
         "script": evaluate_by_script(folder, f"rank-{env.rank}", "--dist_eval"),
         "env": [env.rank, env.local_rank, env.world_size, env.local_world_size],
