@@ -73,16 +73,6 @@ class RunLog:
             self._keep_before(self.last["epoch"])
             self.write({**self.last, **more})
 
-    def classifier_epoch(
-        self, epoch: int, train_stats: dict[str, float], test_stats: dict[str, float], n_parameters: int
-    ) -> None:
-        """An epoch of fine-tuning or probing, to log.txt and TensorBoard."""
-        for name in ("acc1", "acc5", "loss"):
-            self.scalar(f"perf/test_{name}", test_stats[name], epoch)
-        train = {f"train_{name}": train_stats[name] for name in ("lr", "loss")}
-        test = {f"test_{name}": test_stats[name] for name in ("loss", "acc1", "acc5")}
-        self.write({**train, **test, "epoch": epoch, "n_parameters": n_parameters})
-
     def steps(
         self, epoch: int, n: int, steps: list[tuple[int, dict[str, float]]], rates: dict[str, float], loss_name: str
     ) -> None:
