@@ -185,9 +185,11 @@ def test_killed_loader_worker_is_a_named_error(tmp_path):
 def test_stalled_disk_is_a_named_error_and_no_hang(tmp_path):
     """Opening a pipe that nobody writes to waits for ever, as a network disk may."""
     write_image_folder(tmp_path / "images", n_train=40, n_val=1)
-    os.mkfifo(tmp_path / "images" / "train" / "ant" / "z.png")
-    process = start(tmp_path, tmp_path / "out", "--num_workers", 1, "--loader_timeout", 3)
+    process = start(tmp_path, tmp_path / "out", "--num_workers", 1, "--loader_timeout", 3, "--epochs", 50)
     try:
+        until(lambda: "Epoch: [0]" in said(tmp_path / "out"))
+        os.mkfifo(tmp_path / "pipe")  # only now: no pipe is listed
+        os.replace(tmp_path / "pipe", tmp_path / "images" / "train" / "ant" / "3.png")
         output, _ = process.communicate(timeout=90)
     finally:
         process.kill()
