@@ -560,7 +560,7 @@ def test_a_forked_worker_shares_the_list_of_files():
         gc.freeze()
         before = own_megabytes()
         for i in range(len(images)):
-            images.name(i)
+            images.source.name(i)
         answer.put(own_megabytes() - before)
 
     context = multiprocessing.get_context("fork")

@@ -539,7 +539,8 @@ def test_server_that_keeps_sending_next_to_nothing_is_left(what, https, monkeypa
     monkeypatch.setattr(download, "PATIENCE_SECONDS", 0.7)
     monkeypatch.setattr(Handler, "do_GET", lambda self: _forever(self.connection, *SLOW[what]))
     start = time.monotonic()
-    with pytest.raises(UserError, match="redirect" if "redirect" in what else "under 1024 bytes"):
+    # on a busy machine the last of the patience may pass in a single read
+    with pytest.raises(UserError, match="redirect" if "redirect" in what else "under 1024 bytes|timed out"):
         download.fetch(https.url(scheme="https"))
     assert time.monotonic() - start < 5
 

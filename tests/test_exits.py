@@ -364,7 +364,7 @@ def test_loader_workers_do_not_hold_up_the_end(end):
     with pytest.raises(ZeroDivisionError if end == "a crash" else SystemExit):
         exits.run(main, argparse.Namespace())
         sys.exit()
-    assert time.monotonic() - start < 5 and not multiprocessing.active_children()
+    assert time.monotonic() - start < 9 and not multiprocessing.active_children()  # the machine may be busy
 
 
 def test_submitted_job_ends_as_the_script_does(monkeypatch, tmp_path, capsys):
