@@ -16,7 +16,7 @@ from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from util.errors import UserError
 from util.weights import checkpoint
-from util.weights.checkpoint import load_full_mae, load_pretrained, resume_for_eval
+from util.weights.checkpoint import load_full_mae, load_pretrained, load_strictly
 
 WIDTH = 16
 mae = partial(
@@ -288,20 +288,22 @@ def test_other_mae_is_refused_without_advice_on_decoders(tmp_path):
     assert "_full" not in error.value.message
 
 
-# evaluation
+# all of a model
 
 
-def test_evaluation_loads_the_model_alone_and_needs_a_checkpoint(tmp_path):
+def strictly(path: str, model: nn.Module) -> None:
+    load_strictly(model, checkpoint.load(path)["model"], path)
+
+
+def test_weights_are_loaded_alone(tmp_path):
     source, model = nn.Linear(3, 2), nn.Linear(3, 2)
-    resume_for_eval(saved(tmp_path / "c.pth", source, optimizer={}, epoch=7), model)
+    strictly(saved(tmp_path / "c.pth", source, optimizer={}, epoch=7), model)
     assert_same(dict(model.state_dict()), dict(source.state_dict()))
-    with pytest.raises(UserError, match="--resume"):
-        resume_for_eval("", model)
 
 
 def test_loading_another_model_is_refused_naming_the_keys(tmp_path):
     path = saved(tmp_path / "c.pth", nn.Linear(3, 2, bias=False))
     with pytest.raises(UserError, match="bias"):
-        resume_for_eval(path, nn.Linear(3, 2))
+        strictly(path, nn.Linear(3, 2))
     with pytest.raises(UserError, match=r"weight \(2, 3\), here \(4, 3\)"):
-        resume_for_eval(path, nn.Linear(3, 4, bias=False))
+        strictly(path, nn.Linear(3, 4, bias=False))

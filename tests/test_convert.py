@@ -473,6 +473,15 @@ def test_a_released_file_comes_by_name_and_tells_its_model(tmp_path, monkeypatch
     assert len(asked) == 3
 
 
+@pytest.mark.parametrize("name", build.RELEASED)
+def test_every_released_file_is_found_with_and_without_its_ending(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = build.RELEASED[name].url
+    assert build.find(name) == build.find(Path(name).stem) == build.find(url) == url and url.endswith(f"/{name}")
+    Path(name).touch()  # a file of this name goes first
+    assert build.find(name) == name and build.find("other.pth") == "other.pth"
+
+
 def test_the_table_of_released_files_is_that_of_the_readme():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:]] for line in readme.splitlines() if line.startswith("| [")]

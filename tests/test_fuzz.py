@@ -314,7 +314,7 @@ USES: list[Callable[[str], None]] = [
     lambda path: checkpoint.load_full_mae(path, models()[0]),
     lambda path: checkpoint.load_pretrained(path, models()[1]),
     lambda path: checkpoint.load_pretrained(path, models()[2]),
-    lambda path: checkpoint.resume_for_eval(path, models()[1]),
+    lambda path: checkpoint.load_strictly(models()[1], checkpoint.load(path)["model"], path),
 ]
 
 

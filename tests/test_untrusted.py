@@ -208,6 +208,10 @@ def state(model: nn.Module, *without: str) -> dict:
     return {name: value for name, value in model.state_dict().items() if not name.startswith(without)}
 
 
+def strictly(path: str, model: nn.Module) -> None:
+    checkpoint.load_strictly(model, checkpoint.load(path)["model"], path)
+
+
 def refused(function, tmp_path: Path, weights: dict, model: nn.Module) -> str:
     torch.save({"model": weights}, tmp_path / "w.pth")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -253,7 +257,7 @@ def test_every_model_of_ours_is_known_by_its_name():
 
 def test_classifier_is_no_masked_autoencoder(tmp_path):
     classifier, model = vit(embed_dim=16, depth=2, num_classes=7), mae(embed_dim=16, depth=2)
-    message = refused(checkpoint.resume_for_eval, tmp_path, state(classifier), model)
+    message = refused(strictly, tmp_path, state(classifier), model)
     assert "holds a classifier of 7 classes (width 16" in message and "which is a masked autoencoder" in message
     message = refused(checkpoint.load_full_mae, tmp_path, state(classifier), model)
     assert "holds a classifier of 7 classes" in message and "cannot reconstruct" in message
@@ -261,7 +265,7 @@ def test_classifier_is_no_masked_autoencoder(tmp_path):
 
 def test_masked_autoencoder_is_no_classifier_but_may_become_one(tmp_path):
     message = refused(
-        checkpoint.resume_for_eval,
+        strictly,
         tmp_path,
         state(mae(embed_dim=16, depth=2)),
         vit(embed_dim=16, depth=2, num_classes=7),
@@ -269,7 +273,7 @@ def test_masked_autoencoder_is_no_classifier_but_may_become_one(tmp_path):
     assert "holds a masked autoencoder" in message and "--finetune" in message
 
 
-@pytest.mark.parametrize("function", [checkpoint.resume_for_eval, checkpoint.load_pretrained])
+@pytest.mark.parametrize("function", [strictly, checkpoint.load_pretrained])
 def test_other_size_is_told_with_both(function, tmp_path):
     big, model = vit(embed_dim=24, depth=3, num_classes=7), vit(embed_dim=16, depth=2, num_classes=7)
     message = refused(function, tmp_path, state(big), model)
@@ -404,8 +408,12 @@ def test_a_size_that_the_positions_contradict_is_refused(name, loader, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mae_vit_huge_patch14", "vit_huge_patch14"])
-def test_a_small_file_makes_no_room_for_the_large_model_that_it_names(name, tmp_path):
-    assert "does not fit" in plain_end(build.open_model, {"model": TINY, "args": {"model": name}}, tmp_path)
+@pytest.mark.parametrize("encoder_only", [False, True])
+def test_a_small_file_makes_no_room_for_the_large_model_that_it_names(name, encoder_only, tmp_path):
+    shapes = {"cls_token": (1, 1, 8), "pos_embed": (1, 257, 8), "patch_embed.proj.weight": (8, 3, 14, 14)}
+    weights = {key: torch.zeros(shape) for key, shape in (shapes | {"decoder_norm.bias": (8,)}).items()}
+    loader = partial(build.open_model, encoder_only=encoder_only)
+    assert "does not fit" in plain_end(loader, {"model": weights, "args": {"model": name}}, tmp_path)
 
 
 def expanded(*shape: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from util import cli
 from util.errors import UserError, fail
 from util.pos_embed import resample
 from util.transforms import preprocessing
-from util.weights import checkpoint, convert, hub
+from util.weights import checkpoint, convert, hub, untrusted
 from util.weights.build import find, is_decoder, open_named
 
 ENDINGS = {"timm": ".timm.safetensors", "hf": "-hf", "safetensors": ".safetensors", "onnx": ".onnx"}
@@ -247,9 +247,7 @@ def export(
 
 def _args_of(source: str) -> dict:
     """The options that a checkpoint was trained with, {} where it does not tell."""
-    args = checkpoint.load(find(source)).get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return args if isinstance(args, dict) else {}
+    return untrusted.options_of(checkpoint.load(find(source)))
 
 
 def main() -> None:

@@ -66,13 +66,6 @@ def _average_of(state: object, path: Path) -> dict:
     return {"model": state["model_ema"], **{name: state[name] for name in ("args", "classes") if name in state}}
 
 
-def resume_for_eval(path_or_url: str, model: nn.Module) -> None:
-    """Load the model alone, for --eval."""
-    if not path_or_url:
-        raise UserError("--eval needs the classifier to evaluate: give its checkpoint with --resume")
-    load_strictly(model, load(path_or_url)["model"], path_or_url)
-
-
 def load_full_mae(path_or_url: str | Path, model: nn.Module, state: dict | None = None) -> None:
     """Load an encoder with its decoder, for reconstruction. An encoder-only file is refused (UserError): it would draw
     noise. `state` is the file's content, where the caller has it.
