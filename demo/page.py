@@ -31,17 +31,19 @@ class Page(gr.Blocks):
         """Components refuse values of other kinds each in its own way."""
         try:
             return await super().preprocess_data(*args, **kwargs)
-        except Sorry:
+        except gr.Error:
             raise
         except Exception as error:
             raise Sorry("The page cannot do that. Please reload it.") from error
 
     async def process_api(self, *args, **kwargs):
-        """What is left is a fault of ours: the log has it, the visitor is told no more than that."""
+        """Gradio refuses some more; what is left is a fault of ours: the log has it, the visitor is told no more."""
         try:
             return await super().process_api(*args, **kwargs)
-        except gr.Error:
+        except Sorry:
             raise
+        except gr.Error as error:
+            raise Sorry("The page cannot do that. Please reload it.") from error
         except Exception as error:
             log.exception("the page failed")
             raise Sorry("Something went wrong here, not with you. Please reload the page.") from error
