@@ -16,11 +16,14 @@ demo-digits: .venv/page  ## the same on scikit-learn's handwritten digits
 app: .venv/page  ## the page of reconstructions, on the demo's model
 	@$(BIN)/python demo/app.py
 
+# several files at a time: many tests wait for processes that they start
+TESTS = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: .venv/installed  ## all tests
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 test-fast: .venv/installed  ## without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
