@@ -33,7 +33,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-
 
 .venv/new:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or later is needed: make PYTHON=python3.12 ...')"
-	@echo "Installing into .venv; on Linux PyTorch alone is a download of 2 GB or more, with its libraries for GPUs"
+	@echo "Installing into .venv; on Linux PyTorch with its libraries for GPUs is a download of 3 GB"
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
