@@ -7,7 +7,6 @@ tensorflow-datasets), its datasets are tested as well.
 import io
 import json
 import os
-import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ON_CPU, ROOT, run, torchrun
+from helpers import ON_CPU, run, torchrun
 from PIL import Image
 
 from util.data.datasets import TrainSampler
@@ -197,24 +196,6 @@ def test_a_stream_that_ends_early_is_an_error(shards, tmp_path):
     loader = train_loader(stream, TrainSampler(8, 4, 1, env(), 0), 0, pin_mem=False)
     with pytest.raises(UserError, match=r"ended after 0 of 2 batches: .* 8 images, each with its label"):
         list(loader)
-
-
-def test_the_documented_way_to_pack_shards_gives_every_image_back(tmp_path, monkeypatch):
-    """The program in PRETRAIN.md, on a small folder."""
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "PRETRAIN.md").read_text(), flags=re.DOTALL)
-    for number in range(12):
-        path = tmp_path / ("train" if number < 8 else "val") / f"class{number % 3}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(numbered(number))
-    program = program.replace("/data/imagenet-wds", str(tmp_path / "shards")).replace("/data/imagenet", str(tmp_path))
-    exec(program.replace("100e6", "200"), {})  # several shards of these small files
-    assert len(list((tmp_path / "shards").glob("train-*.tar"))) > 1
-    shares = validation(tmp_path / "shards", "wds/imagenet", 2, 1)
-    assert sorted(sum(shares, [])) == [(number, number % 3) for number in range(8, 12)]
-    transform = pretrain_transform(8, 1.0, 0.0)
-    stream = pretraining_images(tmp_path / "shards", "wds/imagenet", "train", transform, env(), 0, skip_bad=False)
-    loader = train_loader(stream, TrainSampler(len(stream), 4, 1, env(), 0), 0, pin_mem=False)
-    assert sorted(n for imgs, _ in loader for n in numbers(imgs)) == list(range(8))
 
 
 # by number

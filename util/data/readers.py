@@ -14,6 +14,7 @@ import torch
 from timm.data.readers import create_reader
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import rng
 from util.data.datasets import Images, classification_files, list_images
@@ -211,6 +212,8 @@ class _StreamOpener:
         self.options = {"name": name, "root": root, "split": split, "is_training": training}
         if not name.startswith("tfds"):  # which TensorFlow decodes: 8 bits at most
             self.options["input_img_mode"] = ""  # values as they are, for `to_rgb`
+        if name.lower().startswith("wds"):
+            self.options["input_key"] = ";".join(ending[1:] for ending in IMG_EXTENSIONS)  # timm's: jpg, png, webp
 
     def __call__(self, seed: int) -> Reader:
         return create_reader(**self.options, seed=seed)
