@@ -125,7 +125,7 @@ def test_a_wrong_command_is_found(command, monkeypatch):
 
 def test_commands_are_found_and_are_many():
     found = {page: len(commands(page)) for page in PAGES}
-    assert found["README.md"] > 8 and found["docs/README.md"] > 12 and found["FINETUNE.md"] > 10, found
+    assert found["README.md"] > 8 and found["docs/README.md"] > 12 and found["FINETUNE.md"] >= 8, found
     assert "mae_vit_base_patch16" in " ".join(commands("PRETRAIN.md")), "variables are filled in"
 
 
