@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models_vit import check_divisible
+from models_vit import check_decoder, check_divisible
 from util import masks, targets
 from util.errors import UserError
 from util.masks import check_mask_ratio, kept_patches
@@ -54,11 +54,7 @@ class MaskedAutoencoderViT(nn.Module):
     ) -> None:
         super().__init__()
         check_divisible(img_size, patch_size)
-        if decoder_embed_dim % decoder_num_heads or decoder_embed_dim % 4:
-            raise UserError(
-                f"a decoder {decoder_embed_dim} wide cannot have {decoder_num_heads} heads: choose --decoder_width, a "
-                "multiple of 4 (of sine and cosine in two directions), and --decoder_heads, which divide it"
-            )
+        check_decoder(decoder_embed_dim, decoder_num_heads)
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
         self.decoder_target = targets.pixel
@@ -235,8 +231,7 @@ class MaskedAutoencoderViT(nn.Module):
         if target.is_floating_point():
             error_per_patch = (pred.float() - target).square().mean(dim=-1)
         else:
-            error_per_patch = F.cross_entropy(pred.float().flatten(0, 1), target.long().flatten(), reduction="none")
-            error_per_patch = error_per_patch.view_as(mask)
+            error_per_patch = F.cross_entropy(pred.float().mT, target.long(), reduction="none")
         # over removed patches alone, because the result is better: by about 0.5 points (section 3, footnote 1)
         return (error_per_patch * mask).sum() / mask.sum()
 

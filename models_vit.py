@@ -27,6 +27,15 @@ def check_divisible(img_size: int | tuple[int, int], patch_size: int) -> None:
             )
 
 
+def check_decoder(width: int, num_heads: int) -> None:
+    """Raise UserError unless a decoder may be so wide, with so many heads."""
+    if width % num_heads or width % 4:
+        raise UserError(
+            f"a decoder {width} wide cannot have {num_heads} heads: choose --decoder_width, a multiple of 4 (of sine "
+            "and cosine in two directions), and --decoder_heads, which divide it"
+        )
+
+
 _norm_layer = partial(nn.LayerNorm, eps=1e-6)
 _TIMM_S_WORD = {True: "avg", False: "token"}
 
