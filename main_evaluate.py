@@ -17,7 +17,7 @@ from util.look import charts, results, tables
 from util.look.records import Watch, evaluate
 from util.run import exits
 from util.step import autocast_dtype
-from util.weights import build, checkpoint, download
+from util.weights import build, checkpoint, download, hub
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -167,7 +167,7 @@ def open_classifier(args: argparse.Namespace) -> tuple[str, nn.Module, object, P
     if args.global_pool not in (None, pooled):
         wanted, other = ("--global_pool", "--cls_token")[:: 1 if args.global_pool else -1]
         raise UserError(f"{wanted}: {args.resume} was trained with {other}: leave the option out")
-    place = place.removesuffix(checkpoint.AVERAGE)
+    place = str(hub.local(place.removesuffix(checkpoint.AVERAGE)))
     path = download.fetch(place) if place.startswith("https://") else Path(place)
     return name, model, model.classes, path
 
