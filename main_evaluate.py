@@ -26,23 +26,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_model_options(parser, models_vit.MODELS, default="")
     parser.set_defaults(input_size=None)  # both as the file tells
     add = parser.add_argument_group("classifier").add_argument
-    add("--resume", default="", metavar="FILE", help="checkpoint: path, https URL or the name of a released file")
+    add("--resume", default="", type=cli.path, metavar="FILE",
+        help="checkpoint: path, https URL or the name of a released file")  # fmt: skip
     add("--global_pool", action="store_true", default=None,
         help="classify the mean of the patch tokens (default: as the file tells)")  # fmt: skip
     add("--cls_token", action="store_false", dest="global_pool",
         help="classify the class token (default: as the file tells)")  # fmt: skip
-    add("--classes", default=None, metavar="FILE",
+    add("--classes", default=None, type=cli.path, metavar="FILE",
         help="class names, one a line in the order of the logits (default: as the checkpoint names them; 1,000 classes "
         "without names are ImageNet's)")  # fmt: skip
 
     add = parser.add_argument_group("sets, one at least").add_argument
-    add("--imagenet", metavar="FOLDER", help="val/<wnid>/ or the class folders themselves")
-    add("--imagenet_real", metavar="FILE", help="real.json, the labels of ReaL for the images of --imagenet")
-    add("--imagenet_v2", metavar="FOLDER", help="folders 0 to 999")
-    add("--imagenet_a", metavar="FOLDER", help="folders of the set's 200 wnids; these 200 logits are scored")
-    add("--imagenet_r", metavar="FOLDER", help="folders of the set's 200 wnids; these 200 logits are scored")
-    add("--imagenet_sketch", metavar="FOLDER", help="wnid folders")
-    add("--imagenet_c", metavar="FOLDER",
+    add("--imagenet", type=cli.path, metavar="FOLDER", help="val/<wnid>/ or the class folders themselves")
+    add("--imagenet_real", type=cli.path, metavar="FILE",
+        help="real.json, the labels of ReaL for the images of --imagenet")  # fmt: skip
+    add("--imagenet_v2", type=cli.path, metavar="FOLDER", help="folders 0 to 999")
+    add("--imagenet_a", type=cli.path, metavar="FOLDER",
+        help="folders of the set's 200 wnids; these 200 logits are scored")  # fmt: skip
+    add("--imagenet_r", type=cli.path, metavar="FOLDER",
+        help="folders of the set's 200 wnids; these 200 logits are scored")  # fmt: skip
+    add("--imagenet_sketch", type=cli.path, metavar="FOLDER", help="wnid folders")
+    add("--imagenet_c", type=cli.path, metavar="FOLDER",
         help="<corruption>/<1 to 5>/<wnid>/, or the same below noise, blur, weather, digital, extra; no pixel is cut "
         "off, and none changed where the images have --input_size")  # fmt: skip
     add("--set", action="append", type=robustness.named_folder, metavar="NAME=FOLDER",
@@ -53,9 +57,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="leave out files that cannot be decoded, and count them (else an error)")  # fmt: skip
 
     add = parser.add_argument_group("results").add_argument
-    add("--output_dir", default="./output_dir", metavar="FOLDER",
+    add("--output_dir", default="./output_dir", type=cli.path, metavar="FOLDER",
         help="for results.json, .csv, .md and parts/; started again, the evaluation goes on there")  # fmt: skip
-    add("--predictions", default="", metavar="FILE",
+    add("--predictions", default="", type=cli.path, metavar="FILE",
         help="write each image's label and five best classes to a .csv or .parquet")  # fmt: skip
     add("--per_class", action="store_true",
         help="write per_class.csv, and confusion_SET.png for classifiers of up to 100 classes")  # fmt: skip

@@ -52,7 +52,7 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
         "components, ids of --tokenizer (default: pixel; norm with --norm_pix_loss)")  # fmt: skip
     add("--pca_components", default=None, type=cli.positive, metavar="M",
         help=f"coefficients of --target pca (default: {targets.N_COMPONENTS}, or all of a smaller patch)")  # fmt: skip
-    add("--tokenizer", default="", metavar="FILE",
+    add("--tokenizer", default="", type=cli.path, metavar="FILE",
         help="TorchScript or torch.export program, images [N, 3, H, W] as the loader normalises them -> ids [N, L]. "
         "It is code and runs here: give no file that you don't trust")  # fmt: skip
     add("--vocab_size", default=None, type=cli.positive, metavar="N",
@@ -67,7 +67,7 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
     add("--augment", default="rrc", choices=AUGMENTS,
         help="centre crop; crop of fixed size and random place; random resized crop; the same with colour jitter 0.4. "
         "All but none flip (--hflip); --crop_min is of the last two")  # fmt: skip
-    add("--init", default="", metavar="FILE",
+    add("--init", default="", type=cli.path, metavar="FILE",
         help="weights to start from: path, https URL or a released file's name; of an encoder alone, the decoder is "
         "new. A resumed run does not read it")  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ON_CPU, ROOT, project_log, write_image_folder
 
+import main_evaluate
 import main_finetune
 import main_linprobe
 import main_pretrain
@@ -236,10 +237,21 @@ def test_bad_value_is_refused_by_name(name, option, value, capsys):
     assert f"argument --{option}" in last and value in last
 
 
-@pytest.mark.parametrize("option", ["data_path", "output_dir", "log_dir", "resume", "finetune", "job_dir"])
-def test_tilde_is_the_home_folder_though_the_shell_leaves_it_alone(option, monkeypatch, capsys):
+PARSERS = {
+    "submitit": slurm.get_args_parser(main_finetune),
+    **{name: main.get_args_parser() for name, main in {**MAINS, "evaluate": main_evaluate}.items()},
+}
+PATHS = [(name, a.dest) for name in PARSERS for a in PARSERS[name]._actions if a.metavar in ("FILE", "FOLDER")]
+
+
+def test_all_options_that_take_paths_are_seen():
+    assert {("submitit", "job_dir"), ("pretrain", "init"), ("evaluate", "imagenet_c")} < set(PATHS) and len(PATHS) > 25
+
+
+@pytest.mark.parametrize(("name", "option"), PATHS)
+def test_tilde_is_the_home_folder_though_the_shell_leaves_it_alone(name, option, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/me")
-    parser = slurm.get_args_parser(main_finetune)
+    parser = PARSERS[name]
     for given, meant in {
         "~/x": "/home/me/x", "~": "/home/me", "~/a/~/b": "/home/me/a/~/b", "./~x": "./~x", "/a/~/b": "/a/~/b", "": "",
         "https://host/~me/w.pth": "https://host/~me/w.pth",

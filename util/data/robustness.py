@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo
 
+from util import cli
 from util.data.datasets import PackedFiles, list_classes
 from util.errors import UserError
 from util.log import log
@@ -96,7 +97,7 @@ def named_folder(text: str) -> tuple[str, str]:
         raise argparse.ArgumentTypeError(f"{text[:200]!r} is not NAME=FOLDER, the name of letters, digits, - _ .")
     if name in SETS:
         raise argparse.ArgumentTypeError(f"{name} is a set of the table: name yours otherwise")
-    return name, os.path.expanduser(folder)
+    return name, cli.path(folder)
 
 
 def list_sets(folders: dict[str, str], own: Sequence[tuple[str, str]] = ()) -> list[Listed]:
