@@ -5,6 +5,7 @@ from collections import Counter
 
 import torch
 
+from util import errors
 from util.weights.untrusted import is_count as _is_count
 from util.weights.untrusted import options_of
 
@@ -75,14 +76,12 @@ def _number(value: object) -> int | float | None:
 
 
 def shown(value: object) -> str:
-    """A value of a file, for a message: its beginning in quotes, or its kind; never what a terminal would obey."""
-    if isinstance(value, torch.Tensor):
-        if not _is_ordinary(value):
-            return f"another kind of tensor ({value.layout}, {value.dtype}, {value.device})"
-        return f"of shape {tuple(value.shape)} and {value.dtype}"[:200]
-    if isinstance(value, int) and abs(value) >= 2**128:
-        return f"a number of {value.bit_length()} bits"
-    return repr(str(value)[:80]) if value is None or isinstance(value, int | float | str) else type(value).__name__[:80]
+    """A value of a file, for a message: a tensor's form, else as `util.errors.shown`."""
+    if not isinstance(value, torch.Tensor):
+        return errors.shown(value)
+    if not _is_ordinary(value):
+        return f"another kind of tensor ({value.layout}, {value.dtype}, {value.device})"
+    return f"of shape {tuple(value.shape)} and {value.dtype}"[:200]
 
 
 # the optimizer: its state, compared with that of the running one
