@@ -131,6 +131,9 @@ def run_on_digits(names: list[str], args: argparse.Namespace) -> None:
             for name in names:
                 rows = _rows(name, "digits", seeds, args.rows, args.epochs_scale)
                 _run_one(name, rows, seeds, output / name, runner, pool)
+            tables = [output / name / "table.md" for name in EXPERIMENTS]
+            shown = [f"{table.read_text()}\n![]({table.parent.name}/plot.png)\n" for table in tables if table.exists()]
+            (output / "tables.md").write_text("\n".join(shown))
         except BaseException:  # also a signal: what runs saves and leaves, and goes on next time
             runner.stop()
             pool.shutdown(cancel_futures=True)
