@@ -376,6 +376,7 @@ ODD_ARGS = {
     "side of 30 digits": NAMED | {"input_size": 10**30}, "side of 500 digits": NAMED | {"input_size": 10**500},
     "side below 0": NAMED | {"input_size": -32}, "three sides": NAMED | {"input_size": [3, 32, 32]},
     "side as tensor": NAMED | {"input_size": torch.tensor(32)}, "side in a list": NAMED | {"input_size": [[32], 32]},
+    "model in a list": NAMED | {"model": ["mae_vit_tiny_patch4"]}, "mask in a list": NAMED | {"mask": ["random"]},
     "deep": NAMED | {"seed": nested(3000)}, "deep side": NAMED | {"input_size": nested(3000)},
     "cyclic": NAMED | {"seed": cyclic()}, "cyclic side": NAMED | {"input_size": cyclic()},
     "doubling": NAMED | {"seed": doubling(60)}, "huge number": NAMED | {"lr": 10**400},
@@ -428,6 +429,8 @@ ODD_TENSORS = {
     "complex": torch.zeros(1, 65, 64, dtype=torch.complex64), "whole": torch.zeros(1, 65, 64, dtype=torch.int64),
     "bool": torch.zeros(1, 65, 64, dtype=torch.bool), "float8": torch.zeros(1, 65, 64).to(torch.float8_e4m3fn),
     "quantized": torch.quantize_per_tensor(torch.zeros(1, 65, 64), 0.1, 0, torch.quint8),
+    "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "Inf in float32": torch.full((1, 65, 64), 1e300, dtype=torch.float64),
     "number": 5, "huge number": 10**500, "text": "x" * 10**6, "deep": nested(3000), "cyclic": cyclic(), "none": None,
     "NaN": torch.full((1, 65, 64), float("nan")), "one Inf": torch.tensor([[[1.0] * 64] * 64 + [[-float("inf")] * 64]]),
 }  # fmt: skip

@@ -72,7 +72,7 @@ def told_by(state: dict, source: str | Path) -> dict[str, object]:
     size, released = checkpoint.size_of(weights), RELEASED.get(Path(source).name)
     short = checkpoint.known_as(*size) if size else ""
     is_classifier = bool(checkpoint.n_classes(weights)) or "fc_norm.weight" in weights
-    if args.get("model") in (models_vit.MODELS if is_classifier else MODELS):
+    if str(args.get("model")) in (models_vit.MODELS if is_classifier else MODELS):  # it may be a list
         told["model"] = args["model"]
     elif released:
         told |= {"model": released.model, "norm_pix_loss": released.norm_pix_loss}
@@ -249,7 +249,7 @@ def _as_trained(network: nn.Module, state: dict) -> nn.Module:
         network.set_target(targets.PCA(components.shape[1], len(components)))
     elif args.get("target") == "tokens" and last is not None and last.ndim == 1:
         network.set_target(targets.Tokens(len(last)))
-    if args.get("mask") in masks.MASKS and args["mask"] != "random":
+    if str(args.get("mask")) in masks.MASKS and args["mask"] != "random":
         network.mask_noise = masks.MASKS[args["mask"]]
     return network
 

@@ -170,11 +170,11 @@ def check_weights(weights: dict, name: str | Path, n_bytes: int) -> None:
     total, largest = 0, (0, "")
     for key, value in weights.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"{name} is no checkpoint of this project: {shown(key)} among its weights is "
-                            f"{shown(value)} and no tensor")  # fmt: skip
+            what = f"{shown(value)} and no tensor" if isinstance(key, str) else "a name that is no text"
+            raise UserError(f"{name} is no checkpoint of this project: {shown(key)} among its weights is {what}")
         ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
         known = not value.is_floating_point() or value.dtype in _FLOATS
-        if not ordinary or value.is_quantized or value.device.type != "cpu" or not known:
+        if not ordinary or value.is_nested or value.is_quantized or value.device.type != "cpu" or not known:
             raise UserError(
                 f"{name}: {shown(key)} is another kind of tensor ({value.layout}, {value.dtype}, {value.device}): "
                 "save it as an ordinary one of float32"
@@ -190,8 +190,9 @@ def check_weights(weights: dict, name: str | Path, n_bytes: int) -> None:
         # one pass and no copy: NaN is the least and the greatest of all that it is among
         if value.is_floating_point() and value.numel():
             least, greatest = (float(end) for end in torch.aminmax(value.detach()))
-            if not math.isfinite(least) or not math.isfinite(greatest):
-                what = "NaN" if math.isnan(least) else "Inf"
+            most = torch.finfo(torch.float32).max
+            if not -most <= least <= greatest <= most:
+                what = "NaN" if math.isnan(least) else "Inf, or what becomes that in float32"
                 raise UserError(f"{name}: {shown(key)} holds {what}: the run that wrote it had gone wrong before. Take "
                                 "an earlier checkpoint, or another file")  # fmt: skip
 
