@@ -398,6 +398,21 @@ def test_a_subclass_with_an_embedding_of_its_own_masks_its_tokens():
     assert pred.shape == (2, 10, 5) and mask.sum(dim=1).tolist() == [5, 5]
 
 
+def test_a_norm_behind_the_embedding_is_part_of_it_with_a_mask_as_without():
+    model = small_mae()
+    model.patch_embed.norm = nn.LayerNorm(24, elementwise_affine=False)
+    imgs = images()
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.0)
+    in_order = latent[:, 1:].gather(1, ids_restore[:, :, None].expand(-1, -1, 24))
+    torch.testing.assert_close(in_order, model.encode(imgs)[1].flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_images_of_other_channels_are_refused(channels):
+    with pytest.raises(UserError, match=f"images of {channels} channels, but the model has in_chans 3"):
+        small_mae()(torch.randn(2, channels, 16, 24))
+
+
 # --- masks and targets --------------------------------------------------------------------------------------------
 
 
