@@ -114,11 +114,9 @@ class MaskedAutoencoderViT(nn.Module):
         """[N, C, H, W] -> [N, L, P*P*C]. Raises UserError for images of another size than the model's."""
         # apart from `patchify`, so that who changes the target there does not change what the encoder sees; and no
         # convolution, so that pixels can be left out before they cost anything
-        if tuple(imgs.shape[2:]) != tuple(self.patch_embed.img_size):
-            raise UserError(
-                f"images of {tuple(imgs.shape[2:])} pixels, but the model has img_size {self.patch_embed.img_size}"
-            )
         n, c, height, width = imgs.shape
+        if (height, width) != (size := tuple(self.patch_embed.img_size)):
+            raise UserError(f"images of {(height, width)} pixels, but the model has img_size {size}")
         p = self.patch_embed.patch_size[0]
         patches = imgs.reshape(n, c, height // p, p, width // p, p)
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -156,13 +154,13 @@ class MaskedAutoencoderViT(nn.Module):
         With `encoder_mask_tokens` the latent has all 1 + L tokens, in image order.
         """
         given, projection = () if noise is None else (noise,), self.patch_embed.proj
-        if imgs.shape[1] != projection.in_channels:
-            raise UserError(f"images of {imgs.shape[1]} channels, but the model has in_chans {projection.in_channels}")
+        if imgs.shape[1] != (channels := getattr(projection, "in_channels", imgs.shape[1])):
+            raise UserError(f"images of {imgs.shape[1]} channels, but the model has in_chans {channels}")
         kept, mask, ids_restore = self.random_masking(self._cut(imgs), mask_ratio, *given)
         # masked as pixels, so that only kept patches are embedded: the convolution, whose stride is its size, as a
         # matrix product
         tokens = F.linear(kept, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
-        tokens = self.patch_embed.norm(tokens)  # none, unless a subclass has put one there
+        tokens = getattr(self.patch_embed, "norm", nn.Identity())(tokens)  # none, unless a subclass has put one there
         if self.encoder_mask_tokens:  # 3.3 times the arithmetic, and 14 points less in linear probing (table 1c)
             return self._encode_tokens(self._restore(tokens, ids_restore) + self.pos_embed[:, 1:]), mask, ids_restore
         # where they came from is read off `ids_restore`, which every `random_masking` has to return
