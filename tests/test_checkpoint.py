@@ -184,7 +184,9 @@ def test_positions_are_interpolated_bicubically(name, tmp_path):
     source, model = mae(img_size=source_size), vit(img_size=size, global_pool=True)
     nn.init.normal_(source.pos_embed)
     more = {} if args is None else {"args": args}
-    load_pretrained(saved(tmp_path / "mae.pth", source, **more), model)
+    with project_log() as lines:
+        load_pretrained(saved(tmp_path / "mae.pth", source, **more), model)
+    assert f"resized, from {old[0] * old[1]} patches an image to {new[0] * new[1]}" in "\n".join(lines)
     expected = resized(source.pos_embed.detach(), old, new)
     assert expected.shape == model.pos_embed.shape
     assert torch.allclose(model.pos_embed, expected, atol=1e-6)
@@ -195,8 +197,9 @@ def test_positions_are_interpolated_bicubically(name, tmp_path):
 def test_positions_of_the_same_grid_stay_bit_for_bit(size, tmp_path):
     source, model = mae(img_size=size), vit(img_size=size, global_pool=True)
     nn.init.normal_(source.pos_embed)
-    load_pretrained(saved(tmp_path / "mae.pth", source, args={"input_size": size}), model)
-    assert torch.equal(model.pos_embed, source.pos_embed)
+    with project_log() as lines:
+        load_pretrained(saved(tmp_path / "mae.pth", source, args={"input_size": size}), model)
+    assert torch.equal(model.pos_embed, source.pos_embed) and "resized" not in "\n".join(lines)
 
 
 def test_unknown_rectangle_is_refused(tmp_path):

@@ -171,7 +171,12 @@ def load_pretrained(path_or_url: str | Path, model: nn.Module) -> None:
         if is_decoder(name) or unused_norm:
             del state_dict[name]
     _refuse_other_parts(sorted(state_dict.keys() - own.keys()), path_or_url)
-    state_dict = with_positions(model, state_dict, path_or_url, untrusted.options_of(state).get("input_size"))
+    placed = with_positions(model, state_dict, path_or_url, untrusted.options_of(state).get("input_size"))
+    if placed.get("pos_embed") is not state_dict.get("pos_embed"):
+        here = int(model.patch_embed.num_patches)
+        there = state_dict["pos_embed"].shape[1] - (model.pos_embed.shape[1] - here)
+        log.info(f"positions of {path_or_url} resized, from {there} patches an image to {here} at this --input_size")
+    state_dict = placed
     may_be_missing = {name for name in own if name.startswith(("head.", "fc_norm."))}
     start = {**{name: own[name] for name in may_be_missing}, **state_dict}
     load_strictly(model, start, path_or_url, whole=weights)
