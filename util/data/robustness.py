@@ -113,7 +113,7 @@ def list_sets(folders: dict[str, str], own: Sequence[tuple[str, str]] = ()) -> l
         if name == "imagenet" and os.path.isdir(Path(folder) / "val"):
             folder = os.path.join(folder, "val")
         listed += _corruptions(option, folder) if name == "imagenet-c" else [_list(name, option, folder)]
-    return listed + [_list(name, f"--set {name}=", folder) for name, folder in own]
+    return listed + [_list(name, f"--set {name}", folder) for name, folder in own]
 
 
 def _list(name: str, option: str, folder: str | Path, corruption: str = "", strength: int = 0) -> Listed:
