@@ -113,9 +113,8 @@ def pretraining_images(
     if not root:
         raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
     folder = Path(root) / "train"
-    folder = (
-        folder if os.path.lexists(folder) else Path(root)
-    )  # a link that leads nowhere is an error, not val/ as well
+    if not os.path.lexists(folder):  # a link that leads nowhere is an error, not val/ as well
+        folder = Path(root)
     log.info(f"training on the images below {printable(folder)}")
     return Images(list_images(folder), transform, seed, skip_bad)
 

@@ -148,9 +148,8 @@ def _reason(error: Exception) -> Exception:
     if text.startswith("DataLoader timed out"):
         return FailedError(f"no image came ({text}): the disk stalls; mend it, or raise --loader_timeout")
     if text.startswith("DataLoader worker (pid"):
-        memory = (
-            "most often memory ran out; lower --num_workers or --batch_size"  # not always does torch know the signal
-        )
+        # not always does torch know the signal, so both remedies are named
+        memory = "most often memory ran out; lower --num_workers or --batch_size"
         return FailedError(f"a loader worker died ({text}): {memory}. After a bus error, {SMALL_SHM}")
     return error
 

@@ -2,8 +2,8 @@
 
 A checkpoint is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict), `world_size`, `n_images` and
 `trained` (names of the optimizer's parameters, in its order); within an epoch also `iteration` (batches done) and
-`progress` (the sums of its means so far); in classifiers `max_accuracy`, `best` and
-`classes` (names in label order), and with --model_ema `model_ema`, named as `model`.
+`progress` (the sums of its means so far); in classifiers `max_accuracy`, `best` and `classes` (names in label order),
+and with --model_ema `model_ema`, named as `model`.
 """
 
 import argparse
