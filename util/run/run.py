@@ -25,7 +25,7 @@ from util.run.exits import Signals, Stopped
 from util.run.lock import take
 from util.run.not_finite import Strikes, check_weights
 from util.run.progress import Part, Progress
-from util.run.run_log import RunLog, record_start
+from util.run.run_log import RunLog, plain, record_start
 from util.step import Step
 from util.weights import checkpoint
 
@@ -147,7 +147,8 @@ class Run:
     def after_step(self, iteration: int, loss: torch.Tensor, lr: float) -> None:
         """After each forward pass. Raises NonFiniteLossError, and after a signal Stopped, on all ranks together.
 
-        Only here the host waits for the device: every 20 passes, and where it is time to save.
+        Only here the host waits for the device: every 20 passes, where it is time to save, and, with several processes,
+        where they ask one another for signals (see `Signals.ask`).
         """
         self.progress.add(iteration, lr=lr, loss=loss, grad_norm=self.step.grad_norm)
         saving = (iteration + 1) % self.step.accum_iter == 0 and self.due()
@@ -244,7 +245,7 @@ class Run:
             "epoch": epoch,
             # without loss scaling that of a fresh scaler: the original's takes no empty state
             "scaler": self.step.scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict(),
-            "args": {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.args).items()},
+            "args": plain(self.args),
             "world_size": self.env.world_size,
             "trained": resume.trained(self.model, self.step.optimizer),
         }

@@ -130,7 +130,7 @@ def record_start(env: Dist, args: argparse.Namespace) -> None:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "folder": str(Path.cwd()),
-        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "args": plain(args),
         "git": _git(),
         "versions": {
             "python": platform.python_version(),
@@ -146,6 +146,11 @@ def record_start(env: Dist, args: argparse.Namespace) -> None:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         log.error(f"{path} CANNOT BE WRITTEN ({error})")
+
+
+def plain(args: argparse.Namespace) -> dict[str, object]:
+    """Options as a dict of what JSON and a checkpoint may hold: paths become text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def _device(env: Dist) -> str:
