@@ -72,6 +72,25 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
         "new. A resumed run does not read it")  # fmt: skip
 
 
+def build_model(args: argparse.Namespace, device: torch.device) -> models_mae.MaskedAutoencoderViT:
+    """The model, on the CPU, with its decoder, mask strategy and target. Raises UserError for what does not fit it."""
+    decoder = dict(
+        decoder_embed_dim=args.decoder_width, decoder_depth=args.decoder_depth, decoder_num_heads=args.decoder_heads
+    )
+    options = {name: value for name, value in decoder.items() if value is not None}  # None leaves the model's own
+    if args.encoder_mask_tokens:
+        options["encoder_mask_tokens"] = True
+    model = models_mae.MODELS[args.model](img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, **options)
+    models_mae.check_mask_ratio(model.patch_embed.num_patches, args.mask_ratio)
+    if args.mask != "random":  # the default is what the model's file says
+        model.mask_noise = masks.MASKS[args.mask]
+        model.mask_noise(1, model.patch_embed.grid_size, args.mask_ratio, torch.device("cpu"))  # refuses at once
+    if args.target not in ("pixel", "norm"):
+        chosen = (args.pca_components, args.tokenizer, args.vocab_size)
+        model.set_target(targets.for_model(args.target, model, device, *chosen))
+    return model
+
+
 def main(args: argparse.Namespace) -> None:
     """Pretrain as `args` says. Raises UserError for bad input before the first step."""
     args.target = targets.chosen(
@@ -90,33 +109,19 @@ def main(args: argparse.Namespace) -> None:
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = workers.available_workers(args.num_workers, env)
     train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout)
-    folder = None if args.dataset else args.data_path
     watch = Watch(
-        env, folder, dataset, args.input_size, mask_ratio=args.mask_ratio, amp=args.amp,
-        picture_every=args.picture_every, knn_every=args.knn_every, num_workers=num_workers,
+        env, None if args.dataset else args.data_path, dataset, args.input_size, amp=args.amp,
+        mask_ratio=args.mask_ratio, picture_every=args.picture_every, knn_every=args.knn_every, num_workers=num_workers,
     )  # fmt: skip
     log.info(f"{len(dataset)} training images, {len(train_loader)} batches an epoch")
 
     # model
     rng.seed_init(args.seed)
-    decoder = dict(
-        decoder_embed_dim=args.decoder_width, decoder_depth=args.decoder_depth, decoder_num_heads=args.decoder_heads
-    )
-    options = {name: value for name, value in decoder.items() if value is not None}  # None leaves the model's own
-    if args.encoder_mask_tokens:
-        options["encoder_mask_tokens"] = True
-    model = models_mae.MODELS[args.model](img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, **options)
-    models_mae.check_mask_ratio(model.patch_embed.num_patches, args.mask_ratio)
-    if args.mask != "random":  # the default is what the model's file says
-        model.mask_noise = masks.MASKS[args.mask]
-        model.mask_noise(1, model.patch_embed.grid_size, args.mask_ratio, torch.device("cpu"))  # refuses at once
-    target = targets.for_model(args.target, model, env.device, args.pca_components, args.tokenizer, args.vocab_size)
-    if args.target not in ("pixel", "norm"):
-        model.set_target(target)
-    starts = not will_resume(env, args)  # a run that goes on brings all its weights
-    if args.init and starts:
+    model, starts = build_model(args, env.device), not will_resume(env, args)
+    if args.init and starts:  # a run that goes on brings all its weights
         checkpoint.load_init(build.find(args.init), model)
     model.to(env.device)
+    target = getattr(model, "decoder_target", None)
     if hasattr(target, "prepare") and starts:
         on_main(env, lambda: target.prepare(targets.sample_patches(model, train_loader)))
         share_buffers(model)
@@ -133,8 +138,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = autocast_dtype(args.amp, env.device)
     speed.choose_kernels(model, dtype, env.device)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
-    n_kept = models_mae.kept_patches(model.patch_embed.num_patches, args.mask_ratio)
-    macs = sum(flops.pretrain_macs(model, n_kept))
+    macs = sum(flops.pretrain_macs(model, models_mae.kept_patches(model.patch_embed.num_patches, args.mask_ratio)))
 
     # training
     with Run(env, args, model, step, n_images=len(dataset), forward_macs=macs, milestones=20) as run:
