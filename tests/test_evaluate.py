@@ -342,13 +342,20 @@ def test_killed_at_random_moments_same_bytes(world, whole, tmp_path):
     words = [*options(world), "--per_class", "--predictions", tmp_path / "predictions.csv"]
     chance, finished = random.Random(0), []
     fork = multiprocessing.get_context("fork")
-    for _ in range(8):
+
+    def count() -> int:
+        return len(list((tmp_path / "parts").rglob("[!.]*.npz")))  # not what a kill left half-written
+
+    for life in range(8):  # each ends at another part, whatever the machine's speed
         child = fork.Process(target=run, args=words, kwargs={"output_dir": tmp_path, "resume": world.file})
         child.start()
-        time.sleep(chance.uniform(0.3, 1.2))
+        goal = chance.randint(10 * life + 1, 10 * life + 10)
+        while child.is_alive() and count() < goal:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.02))
         child.kill()
         child.join()
-        finished.append(len(list((tmp_path / "parts").rglob("[!.]*.npz"))))  # not what a kill left half-written
+        finished.append(count())
     assert finished == sorted(finished) and any(0 < n < 86 for n in finished), finished
     run(*words, output_dir=tmp_path, resume=world.file)
     for name in FILES:
