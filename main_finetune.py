@@ -150,6 +150,7 @@ def main(args: argparse.Namespace) -> None:
                 ddp_model, criterion, data.train_loader, step, schedule, epoch, run,
                 erase=erase, mixup=mixup, seed=args.seed,
             )  # fmt: skip
+            data.report_bad()  # now: a signal may end the evaluation
             test_stats = evaluate(model, data.val_loader, env, dtype, args.dist_eval, run)
             if average:
                 log.info("The average of the weights (--model_ema):")

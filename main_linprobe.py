@@ -88,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
             train_stats = train_one_epoch(
                 ddp_model, criterion, data.train_loader, step, schedule, epoch, run, seed=args.seed
             )
+            data.report_bad()  # now: a signal may end the evaluation
             test_stats = evaluate(model, data.val_loader, env, dtype, args.dist_eval, run)
             data.report_bad()
             run.after_epoch(epoch, train_stats, test_stats)
