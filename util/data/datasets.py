@@ -200,7 +200,7 @@ class PackedFiles(Sequence):
         return printable(self[index][0])
 
     def digest(self) -> str:
-        """Of all paths, from the folder on that holds them all, and labels, in their order; a second a million."""
+        """Of all paths, from the folder on that holds them all, and labels, in their order."""
         ends = self.ends.tolist()
         paths = [bytes(path) for path in map(memoryview(self.paths).__getitem__, map(slice, ends, ends[1:]))]
         common = os.path.commonprefix([min(paths), max(paths)]).rfind(os.sep.encode()) + 1 if paths else 0
