@@ -19,6 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import engine_finetune
 import engine_pretrain
+import main_evaluate
 import main_finetune
 import main_pretrain
 import util.run.run
@@ -123,13 +124,17 @@ def nan_error(env: Dist) -> str:
     return ""
 
 
-def refusal(env: Dist, script, *options: object) -> str:
+def refusal(env: Dist, script, folder: Path, *options: object) -> str:
     """What a script says to this rank about options that other ranks do not have; nothing if it trains."""
     util.run.run.init_distributed, script.shutdown = lambda *_: env, lambda: None
-    tiny = ("--model", "vit_tiny_patch4" if script is main_finetune else "mae_vit_tiny_patch4", "--input_size", 16)
-    args = (*tiny, "--batch_size", 2, "--epochs", 1, "--num_workers", 0, "--output_dir", "", "--log_dir", "", *ON_CPU)
+    tiny = ("--model", "mae_vit_tiny_patch4" if script is main_pretrain else "vit_tiny_patch4", "--input_size", 16)
+    args = (*tiny, "--batch_size", 2, "--num_workers", 0, *ON_CPU)
+    if script is main_evaluate:
+        args += ("--resume", folder / "vit.pth", "--classes", folder / "classes.txt", "--output_dir", folder / "table")
+    else:
+        args += ("--data_path", folder / "images", "--epochs", 1, "--output_dir", "", "--log_dir", "")
     try:
-        script.main(script.get_args_parser().parse_args([str(option) for option in (*args, *options)]))
+        script.main(script.get_args_parser().parse_args([str(option).format(folder) for option in (*args, *options)]))
     except UserError as error:
         return error.message
     return ""
@@ -146,19 +151,17 @@ DIFFERENT = {
     "training images": (main_pretrain, ("--data_path", "{}/images"), ("--data_path", "{}/more")),
     "images": (main_finetune, ("--data_path", "{}/images", "--nb_classes", 3),
                ("--data_path", "{}/renamed", "--nb_classes", 3)),
+    "own": (main_evaluate, ("--set", "own={}/images/val"), ("--set", "own={}/renamed/val")),
+    "--per_class": (main_evaluate, ("--set", "own={}/images/val"), ("--set", "own={}/copy/val", "--per_class")),
 }  # fmt: skip
 
 
 def worker(folder: Path) -> None:
     env = init_distributed("cpu")
-    refusals = {
-        name: refusal(env, script, "--data_path", folder / "images", *[str(o).format(folder) for o in mine])
-        for name, (script, *each) in DIFFERENT.items()
-        for mine in [each[env.rank]]
-    }
+    refusals = {name: refusal(env, script, folder, *each[env.rank]) for name, (script, *each) in DIFFERENT.items()}
     # each rank its own copy, device and workers
     own = ("--data_path", folder / ("images", "copy")[env.rank], "--num_workers", env.rank, "--device", "cpu")
-    refusals["nothing"] = refusal(env, main_pretrain, *own)
+    refusals["nothing"] = refusal(env, main_pretrain, folder, *own)
     # the script finds this group, which stays for the other checks
     util.run.run.init_distributed, engine_finetune.shutdown = lambda *_: env, lambda: None
     results = {
@@ -191,6 +194,7 @@ def two_processes(tmp_path_factory):
     model = vit_tiny_patch4(img_size=16, num_classes=3, global_pool=True)
     nn.init.normal_(model.head.weight)
     torch.save({"model": model.state_dict()}, folder / "vit.pth")
+    (folder / "classes.txt").write_text("\n".join(sorted(path.name for path in (folder / "images" / "val").iterdir())))
     torchrun(__file__, folder)
     return SimpleNamespace(folder=folder, ranks=[load(folder / f"rank-{rank}.pth") for rank in (0, 1)])
 

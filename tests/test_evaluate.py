@@ -23,6 +23,7 @@ import main_linprobe
 import models_vit
 from util.data import robustness
 from util.data.loader import normalise
+from util.data.parts import PartBatches, parts_loader, to_parts
 from util.dist import Dist
 from util.errors import NonFiniteLossError, UserError
 from util.look import results
@@ -325,8 +326,7 @@ def test_two_processes_same_bytes(world, whole, tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_every_image_goes_to_one_process_in_the_same_batch(world, world_size):
     listed = robustness.list_sets({"imagenet": str(world.root / "imagenet"), "imagenet-c": str(world.root / "c")})
-    parts = robustness.to_parts(listed, WNIDS, 32)
-    from util.data.parts import PartBatches
+    parts = to_parts(listed, WNIDS, 32)
 
     def batches(rank: int, size: int) -> list[list[tuple[int, int]]]:
         return list(PartBatches(parts, 5, rank, size))
@@ -400,8 +400,7 @@ def test_one_loader_starts_its_workers_once(world, tmp_path, monkeypatch):
 
 
 def test_batches_filled_up_for_the_compiler_count_the_same(world):
-    parts = robustness.to_parts(robustness.list_sets({}, [("own", str(world.root / "own"))]), WNIDS, 32)
-    from util.data.parts import parts_loader
+    parts = to_parts(robustness.list_sets({}, [("own", str(world.root / "own"))]), WNIDS, 32)
 
     env, records = Dist(torch.device("cpu")), []
     for full in (0, 5):
@@ -460,7 +459,7 @@ def test_pixels_of_imagenet_c():
         ((448, 448), (448, 448)),
         (160, (160,) * 2),
     ):
-        transform = robustness.to_parts([part], WNIDS, size)[0].transform
+        transform = to_parts([part], WNIDS, size)[0].transform
         out = transform(pixels)[0].permute(2, 0, 1)
         if resized is None:
             assert torch.equal(out, pixels)
@@ -468,11 +467,7 @@ def test_pixels_of_imagenet_c():
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(resized, Image.Resampling.BICUBIC)
             assert np.abs(np.asarray(image).astype(int) - out.permute(1, 2, 0).numpy()).max() <= 1
     other = robustness.Listed("imagenet", "--imagenet", "", part.files, [WNIDS[0]])
-    assert (
-        robustness.to_parts([other], WNIDS, 224)[0].transform
-        == eval_transform(224)
-        != CentreCrop((224,) * 2, (224,) * 2)
-    )
+    assert to_parts([other], WNIDS, 224)[0].transform == eval_transform(224) != CentreCrop((224,) * 2, (224,) * 2)
 
 
 # classifiers of other classes

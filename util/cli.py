@@ -36,7 +36,8 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
 # options that may differ between the processes of one run: each has its own disk, cores and device, or none heeds them
 OF_ONE_RANK = set(
     "data_path log_dir num_workers pin_mem loader_timeout device local_rank world_size dist_url dist_on_itp "
-    "dist_timeout peak_tflops".split()
+    "dist_timeout peak_tflops imagenet imagenet_real imagenet_v2 imagenet_a imagenet_r imagenet_sketch imagenet_c "
+    "set classes".split()
 )
 
 
@@ -141,16 +142,32 @@ def add_training_options(
     add("--min_lr", default=min_lr, type=not_negative, help="learning rate at the end of the cosine, absolute")
     add("--warmup_epochs", default=warmup_epochs, type=not_negative, metavar="N", help="epochs of linear warm-up")
     add("--weight_decay", default=weight_decay, type=not_negative, help="weight decay, as a share per unit of lr")
-    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
-        help="precision of matrix products; auto: bf16 where the device computes in it, else fp16 with loss scaling on "
-        "CUDA, else off (float32)")  # fmt: skip
-    add("--compile", default="auto", choices=["auto", "on", "off"],
-        help="compile the transformer blocks, in a first step that takes longer; auto: on CUDA")  # fmt: skip
+    _add_speed_options(group)
     add("--grad_checkpointing", action="store_true",
         help="compute each block again in backward: less memory, about a third more arithmetic")  # fmt: skip
     add("--peak_tflops", default=None, type=above_zero,
         help="peak of one device in TFLOP/s, for mfu (utilisation) in the log; none looks it up")  # fmt: skip
     add("--seed", default=0, type=count, help="decides weights, order, augmentation and masks")
+
+
+def _add_speed_options(group) -> None:
+    add = group.add_argument
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
+        help="precision of matrix products; auto: bf16 where the device computes in it, else fp16 on CUDA (with loss "
+        "scaling where it trains), else off (float32)")  # fmt: skip
+    add("--compile", default="auto", choices=["auto", "on", "off"],
+        help="compile the transformer blocks, in a first step that takes longer; auto: on CUDA")  # fmt: skip
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """Batch, precision, loader, device and launcher of a script that does not train."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--batch_size", default=64, type=positive, metavar="N", help="images per process and forward pass"
+    )
+    _add_speed_options(group)
+    _add_loader_options(group)
+    _add_launch_options(group)
 
 
 def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callable], default: str) -> None:
@@ -167,7 +184,8 @@ def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callabl
 
 def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, labelled: bool = True) -> None:
     """Where images come from and who loads them."""
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data_path", default=None, type=path, metavar="FOLDER", help=data_path_help)
     add("--dataset", default="", metavar="KIND/NAME",
         help="tar, or a reader of timm: wds/NAME (WebDataset), hfds/NAME or hfids/NAME (Hugging Face), tfds/NAME; "
@@ -180,6 +198,11 @@ def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, label
     add("--decode", default="cpu", choices=["cpu", "cuda"],
         help="who decodes, crops and resizes JPEGs to train on; cuda: the GPU, where cores are few or slow"
         + (" (no --aa or --color_jitter; validation images always take the CPU)" if labelled else ""))  # fmt: skip
+    _add_loader_options(group)
+
+
+def _add_loader_options(group) -> None:
+    add = group.add_argument
     add("--num_workers", default=10, type=count, metavar="N",
         help="loader workers per process; capped at the process's share of the cores")  # fmt: skip
     add("--loader_timeout", default=600.0, type=not_negative, metavar="SECONDS",
@@ -248,7 +271,8 @@ def add_classifier_options(parser: argparse.ArgumentParser, *, global_pool: bool
 
 def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None:
     """Files, device and launcher."""
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--output_dir", default="./output_dir", type=path, metavar="FOLDER",
         help="for checkpoints and log.txt; '' saves nothing")  # fmt: skip
     add("--log_dir", default="./output_dir", type=path, metavar="FOLDER",
@@ -268,10 +292,15 @@ def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None
     add("--resume", default="", type=path, metavar="FILE",
         help="checkpoint to continue: path, https URL, hf://user/name, or auto: the newest in output_dir")  # fmt: skip
     add("--start_epoch", default=0, type=count, metavar="N", help="first epoch, where --resume does not tell it")
+    _add_launch_options(group)
+    add("--world_size", default=1, type=int, help="accepted for old command lines; the launcher decides")
+    add("--local_rank", default=-1, type=int, help="accepted for old command lines; the launcher decides")
+    add("--dist_on_itp", action="store_true", help="accepted for old command lines; mpirun is recognised anyway")
+
+
+def _add_launch_options(group) -> None:
+    add = group.add_argument
     add("--device", default="auto", help="auto (the best of cuda, mps, cpu), cuda, mps or cpu")
     add("--dist_timeout", default=10.0, type=above_zero, metavar="MINUTES",
         help="minutes that a process waits for the others before it takes them for dead")  # fmt: skip
     add("--dist_url", default="env://", help="where processes meet; env:// takes the launcher's environment")
-    add("--world_size", default=1, type=int, help="accepted for old command lines; the launcher decides")
-    add("--local_rank", default=-1, type=int, help="accepted for old command lines; the launcher decides")
-    add("--dist_on_itp", action="store_true", help="accepted for old command lines; mpirun is recognised anyway")

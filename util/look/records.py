@@ -11,9 +11,9 @@ from torch import nn
 from tqdm import tqdm
 
 from util.data.loader import DeviceLoader
-from util.data.robustness import Part
+from util.data.parts import Part
 from util.dist import Dist, gather_on_all
-from util.errors import NonFiniteLossError
+from util.errors import NonFiniteLossError, UserError
 from util.log import log
 
 
@@ -33,8 +33,12 @@ def evaluate(
         imgs, index = next(batches)
         if len(imgs) < full:
             imgs = torch.cat([imgs, imgs[:1].expand(full - len(imgs), -1, -1, -1)])
-        with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(imgs)[: len(index)].float()
+        try:
+            with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
+                logits = model(imgs)[: len(index)].float()
+        except torch.OutOfMemoryError as error:
+            text = f"--batch_size {len(imgs)} does not fit into the device's memory: halve it"
+            raise UserError(text) from error
         scored = score(logits, index, labels, allowed)
         if last:  # one batch behind, so that the device has work while the host waits
             rows.append({name: values.cpu().numpy() for name, values in last.items()})

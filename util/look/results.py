@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from util.data.robustness import ALEXNET, EXTRA, IMAGES, SETS, STRENGTHS, Part
+from util.data.parts import Part
+from util.data.robustness import ALEXNET, EXTRA, IMAGES, SETS, STRENGTHS
+from util.dist import Dist, on_main
 from util.errors import NotSavedError, UserError
 from util.log import log
-from util.look.tables import as_csv, as_markdown
+from util.look import charts, tables
 from util.run import lock
 from util.weights.download import MD5
 
@@ -63,15 +65,18 @@ def count(part: Part, record: dict[str, np.ndarray]) -> dict[str, dict]:
 
 
 class Results:
-    """The table in `folder`, one part after another; of several processes, rank 0 has it. `header`: of results.json.
+    """The table in `folder`, one part after another. All ranks call it alike; rank 0 has it. `header`: of results.json.
 
     Raises UserError where the folder has the table of another checkpoint, model, size or precision.
     """
 
-    def __init__(self, folder: str, header: dict, published: dict[str, float]) -> None:
-        self.folder, self.header, self.published = Path(folder), header, published
+    def __init__(self, env: Dist, folder: str, header: dict, published: dict[str, float]) -> None:
+        self.env, self.folder, self.header, self.published = env, Path(folder), header, published
+        on_main(env, self._open)
+
+    def _open(self) -> None:
         self.lock = lock.take(self.folder / ".lock", wait_seconds=10)
-        self.identity = json.dumps([header[name] for name in SAME])
+        self.identity = json.dumps([self.header[name] for name in SAME])
         self._check_same()
         self.metas = {}
         for path in (self.folder / "parts").rglob(".*.tmp.npz"):
@@ -101,14 +106,11 @@ class Results:
         if old["versions"] != self.header["versions"]:
             log.warning(f"{path} was begun with {old['versions']}: the last digits may differ between its parts")
 
-    def close(self) -> None:
-        """Let other runs into the folder."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+    def missing(self, parts: list[Part]) -> list[Part]:
+        """Those of `parts` that are still to be evaluated."""
+        return [parts[i] for i in on_main(self.env, lambda: self._missing(parts))]
 
-    def missing(self, parts: list[Part]) -> list[int]:
-        """Which of `parts` are still to be evaluated."""
+    def _missing(self, parts: list[Part]) -> list[int]:
         todo = []
         for i, part in enumerate(parts):
             meta = self.metas.get(part.key)
@@ -121,6 +123,9 @@ class Results:
 
     def add(self, part: Part, record: dict[str, np.ndarray], skipped: int) -> None:
         """Keep a finished part, and bring the files up to date. Raises NotSavedError where the disk refuses."""
+        on_main(self.env, lambda: self._add(part, record, skipped))
+
+    def _add(self, part: Part, record: dict[str, np.ndarray], skipped: int) -> None:
         meta = {
             "key": part.key, "identity": self.identity, "fingerprint": part.fingerprint, "set": part.set,
             "corruption": part.corruption, "strength": part.strength, "classes": list(part.classes),
@@ -132,6 +137,33 @@ class Results:
         self.metas[part.key] = meta
         self.write_table()
 
+    def finish(self, parts: list[Part], names: list[str], predictions: str, classes_too: bool) -> None:
+        """Write what is made of the whole, and show the table: pictures, the file `predictions` if it is named, and
+        with `classes_too` each class's accuracy. `names`: of the classes.
+        """
+        on_main(self.env, lambda: self._finish(parts, names, predictions, classes_too))
+
+    def _finish(self, parts: list[Part], names: list[str], predictions: str, classes_too: bool) -> None:
+        self.write_table()
+        content = self.table()
+        if "imagenet-c" in content["sets"]:
+            self.write("results_c.png", charts.corruption_chart(content["sets"]["imagenet-c"]).save)
+        if predictions:
+            rows = ((part, self.record(part)) for part in parts)
+            self.write(Path(predictions).absolute(), lambda path: tables.write_predictions(path, rows, names))
+        if classes_too:
+            counts = {}
+            for name in dict.fromkeys(part.set for part in parts):
+                labels, answers = tables.answers([(part, self.record(part)) for part in parts if part.set == name])
+                counts[name] = tables.per_class(labels, answers, len(names))
+                if len(names) <= 100:
+                    matrix = tables.confusion(labels, answers, len(names))
+                    self.write(f"confusion_{name}.png", charts.confusion_chart(matrix, names).save)
+            self.write("per_class.csv", tables.per_class_csv(counts, names))
+        if self.lock is not None:
+            os.close(self.lock)  # lets other runs into the folder
+        log.info("\n" + tables.as_text(content))
+
     def record(self, part: Part) -> dict[str, np.ndarray]:
         """What was kept of a finished part."""
         with np.load(self.folder / "parts" / f"{part.key}.npz") as file:
@@ -141,7 +173,7 @@ class Results:
         """The content of results.json."""
         metas, sets = list(self.metas.values()), {}
         names = {name for meta in metas for name in meta["counts"]}
-        for name in sorted(names, key=lambda name: (SETS.index(name) if name in SETS else len(SETS), name)):
+        for name in [name for name in SETS if name in names] + sorted(names - SETS.keys()):
             own = [meta for meta in metas if name in meta["counts"]]
             row = _corruption_row(own) if name == "imagenet-c" else _row(own[0]["counts"][name])
             published = self.published.get(name)
@@ -161,8 +193,8 @@ class Results:
     def write_table(self) -> None:
         """results.json, results.csv and results.md, as far as the table is known."""
         table = self.table()
-        self.write("results.csv", as_csv(table))
-        self.write("results.md", as_markdown(table))
+        self.write("results.csv", tables.as_csv(table))
+        self.write("results.md", tables.as_markdown(table))
         self.write("results.json", json.dumps(table, indent=1) + "\n")
 
     def write(self, name: str | Path, data: str | bytes | Callable[[Path], None]) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from util.data.robustness import EXTRA, STRENGTHS, Part
+from util.data.parts import Part
+from util.data.robustness import EXTRA, STRENGTHS
 from util.errors import UserError
 
 Record = dict[str, np.ndarray]  # see util/look/results.py
