@@ -20,18 +20,10 @@ from util.weights import checkpoint
 
 
 def train_one_epoch(
-    model: nn.Module,
-    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    loader: DeviceLoader,
-    step: Step,
-    schedule: Schedule,
-    epoch: int,
-    run: Run,
-    *,
-    erase: RandomErasing | None = None,
-    mixup: Mixup | None = None,
+    model: nn.Module, criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], loader: DeviceLoader, step: Step,
+    schedule: Schedule, epoch: int, run: Run, *, erase: RandomErasing | None = None, mixup: Mixup | None = None,
     seed: int,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Train on every batch of `loader`; returns the epoch's mean `loss` and `lr`, over all ranks.
 
     `criterion` takes logits [N, classes] and labels [N], or soft targets [N, classes] where `mixup` is given. The
@@ -41,16 +33,16 @@ def train_one_epoch(
     model.train()
     n = len(loader)
     for i, (imgs, targets) in run.epoch(epoch, loader):
-        if i % step.accum_iter == 0:
+        if i % step.accum_iter == 0:  # by fractions of an epoch: each layer's group keeps its own share of the rate
             lr = adjust_learning_rate(step.optimizer, epoch + i / n, schedule)
         # erasing, mixing and stochastic depth are functions of (seed, step, rank)
         rng.seed_step(seed, epoch * n + i, run.env.rank)
         # on the device, after normalisation: erased pixels are noise of the scale of normalised ones (appendix A.1)
         if erase is not None:
             imgs = erase(imgs)
-        if mixup is not None:
+        if mixup is not None:  # one draw a batch, and labels become soft: no batch needs a second forward pass
             imgs, targets = mixup(imgs, targets)
-        update = (i + 1) % step.accum_iter == 0
+        update = (i + 1) % step.accum_iter == 0  # else gradients add up, and ranks don't exchange them yet
         # softmax and its logarithm in float32 whatever the model computes in: bf16 keeps 3 digits of a logit
         loss = step(lambda: criterion(model(imgs).float(), targets), update)  # noqa: B023
         run.after_step(i, loss=loss, lr=lr)  # the host waits for the device in here, and nowhere else
@@ -67,7 +59,7 @@ def evaluate(
     `run`, a signal ends it with Stopped.
     """
     model.eval()
-    share_buffers(model)
+    share_buffers(model)  # the probe's BatchNorm: each rank has kept statistics of its own batches
     # sums over 50,000 images: float32 would round each addition of a loss to 3 digits
     exact = torch.float32 if env.device.type == "mps" else torch.float64  # mps has no float64
     totals = torch.zeros(4, dtype=exact, device=env.device)  # images, loss, correct in 1, correct in 5
@@ -76,12 +68,12 @@ def evaluate(
         if run is not None and run.told:
             break
         with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(imgs).float()
+            logits = model(imgs).float()  # before the softmax: bf16 would tie classes in the top five
         losses = F.cross_entropy(logits, labels, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         per_image = [torch.ones_like(losses), losses, hits[:, 0], hits.sum(dim=1)]
         totals += torch.stack([values.to(exact).sum() for values in per_image])
-        progress.add(i, loss=losses.mean())
+        progress.add(i, loss=losses.mean())  # stays on the device until a line is due
         if progress.due(i):
             progress.log_line(len(progress.read()))
     if run is not None:

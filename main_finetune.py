@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:  # model, size, classes and pooling are the file's
         weights = build.take_options(args, get_args_parser(), probe=False)
 
-    # data
+    # data: RandAugment and erasing change one image, mixup and cutmix two (table 9); a classifier overfits without them
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if args.cutmix_minmax is not None and not args.cutmix_minmax[0] < args.cutmix_minmax[1]:
         raise UserError(f"--cutmix_minmax {args.cutmix_minmax}: the first number must be below the second")
@@ -93,11 +93,11 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     # model
-    rng.seed_init(args.seed)
+    rng.seed_init(args.seed)  # the same weights on all ranks
     model = models_vit.MODELS[args.model](
         img_size=args.input_size,
         num_classes=args.nb_classes,
-        drop_path_rate=args.drop_path,
+        drop_path_rate=args.drop_path,  # larger models need more: 0.1 for B, 0.2 for L, 0.3 for H (FINETUNE.md)
         global_pool=args.global_pool,
     )
     dtype = autocast_dtype(args.amp, env.device)
@@ -114,11 +114,12 @@ def main(args: argparse.Namespace) -> None:
     model.to(env.device)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(f"{args.model}: {n_parameters:,} parameters")
+    # made before the model is compiled and wrapped: the average is a plain copy of it (from scratch, table 11)
     average = None if args.model_ema is None else ModelEmaV3(model, args.model_ema)
     speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)
 
-    erase = None
+    erase = None  # done on the device, by the engine
     if args.reprob > 0:
         erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=str(env.device))
 
@@ -133,9 +134,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
 
-    # optimizer
+    # optimizer: lr = blr x effective batch / 256 (appendix A.1); the least rate is absolute
     lr = scaled_lr(args.lr, args.blr, args.batch_size * args.accum_iter * env.world_size)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    # lower layers learn more slowly: what they know is general, and is to be kept (layer-wise decay, table 9)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     # fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(args.opt_betas), fused=env.device.type != "mps")

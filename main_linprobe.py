@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     if args.eval:  # model, size, classes and pooling are the file's
         weights = build.take_options(args, get_args_parser(), probe=True)
 
-    # data
+    # data: crop and flip alone. Regularisation hurts a linear classifier: no mixup, no RandAugment (appendix A.1)
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch_size 1: batch normalisation needs two images or more in each process: pass 2 or more")
     train_transform = None if args.eval else linprobe_transform(args.input_size, args.crop_min, args.hflip)
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     # model: everything frozen but the head
-    rng.seed_init(args.seed)
+    rng.seed_init(args.seed)  # the same weights on all ranks
     model = models_vit.MODELS[args.model](
         img_size=args.input_size, num_classes=args.nb_classes, global_pool=args.global_pool
     )
@@ -73,12 +73,13 @@ def main(args: argparse.Namespace) -> None:
     speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)
 
-    # optimizer
+    # optimizer: LARS, for batches of 16,384 (table 10), and no weight decay
     lr = scaled_lr(args.lr, args.blr, args.batch_size * args.accum_iter * env.world_size)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    # the head alone; BatchNorm has no parameters, and its statistics follow the batches of training
     optimizer = LARS(model.head.parameters(), lr=lr, weight_decay=args.weight_decay)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
-    criterion = nn.CrossEntropyLoss()
+    criterion = nn.CrossEntropyLoss()  # no smoothing either
 
     # training
     told = {"n_images": len(data.train_set), "classes": data.val_set.classes}

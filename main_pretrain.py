@@ -17,7 +17,7 @@ from util.run import exits
 from util.run.resume import will_resume
 from util.run.run import Run, begin
 from util.step import Step, autocast_dtype
-from util.transforms import AUGMENTS, pretrain_transform
+from util.transforms import pretrain_transform
 from util.weights import build, checkpoint
 
 
@@ -30,9 +30,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     cli.add_model_options(parser, models_mae.MODELS, default="mae_vit_large_patch16")
     mae = parser.add_argument_group("masked autoencoding")
+    # fine-tuning and linear probing both do well at 0.75 (figure 5); less is easier to guess and costs more arithmetic
     mae.add_argument("--mask_ratio", default=0.75, type=cli.mask_ratio, help="share of patches removed")
     mae.add_argument("--norm_pix_loss", action="store_true", help="predict pixels normalised per patch: --target norm")
-    _add_variants(parser)
+    cli.add_variant_options(parser)
     cli.add_crop_options(parser, crop_min=0.2)
     cli.add_data_options(
         parser, "folder of images: its train/ if it has one, else all images below it, at any depth", labelled=False
@@ -42,38 +43,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_variants(parser: argparse.ArgumentParser) -> None:
-    """What the paper's table 1 varies; PRETRAIN.md tells the rows."""
-    add = parser.add_argument_group("the paper's variants").add_argument
-    add("--mask", default="random", choices=list(masks.MASKS),
-        help="removes any patches, rectangles, or all but one of every 2 x 2 (--mask_ratio 0.75)")  # fmt: skip
-    add("--target", default=None, choices=list(targets.TARGETS),
-        help="what is predicted: pixels, pixels normalised per patch, coefficients of the patches' principal "
-        "components, ids of --tokenizer (default: pixel; norm with --norm_pix_loss)")  # fmt: skip
-    add("--pca_components", default=None, type=cli.positive, metavar="M",
-        help=f"coefficients of --target pca (default: {targets.N_COMPONENTS}, or all of a smaller patch)")  # fmt: skip
-    add("--tokenizer", default="", type=cli.path, metavar="FILE",
-        help="TorchScript or torch.export program, images [N, 3, H, W] as the loader normalises them -> ids [N, L]. "
-        "It is code and runs here: give no file that you don't trust")  # fmt: skip
-    add("--vocab_size", default=None, type=cli.positive, metavar="N",
-        help="number of the tokenizer's ids (default: what the file tells as vocab_size)")  # fmt: skip
-    add("--encoder_mask_tokens", action="store_true", help="the encoder sees a mask token for each removed patch")
-    add("--decoder_depth", default=None, type=cli.positive, metavar="BLOCKS",
-        help="decoder blocks (default: the model's; 8 in the paper's)")  # fmt: skip
-    add("--decoder_width", default=None, type=cli.positive, metavar="CHANNELS",
-        help="a multiple of --decoder_heads and of 4 (default: the model's; 512 in the paper's)")  # fmt: skip
-    add("--decoder_heads", default=None, type=cli.positive, metavar="N",
-        help="attention heads of the decoder (default: the model's; 16 in the paper's)")  # fmt: skip
-    add("--augment", default="rrc", choices=AUGMENTS,
-        help="centre crop; crop of fixed size and random place; random resized crop; the same with colour jitter 0.4. "
-        "All but none flip (--hflip); --crop_min is of the last two")  # fmt: skip
-    add("--init", default="", type=cli.path, metavar="FILE",
-        help="weights to start from: path, https URL or a released file's name; of an encoder alone, the decoder is "
-        "new. A resumed run does not read it")  # fmt: skip
-
-
 def build_model(args: argparse.Namespace, device: torch.device) -> models_mae.MaskedAutoencoderViT:
     """The model, on the CPU, with its decoder, mask strategy and target. Raises UserError for what does not fit it."""
+    # the decoder serves pretraining alone, so its size is free of the encoder's (section 3, "MAE decoder")
     decoder = dict(
         decoder_embed_dim=args.decoder_width, decoder_depth=args.decoder_depth, decoder_num_heads=args.decoder_heads
     )
@@ -100,12 +72,13 @@ def main(args: argparse.Namespace) -> None:
     args.norm_pix_loss = args.target == "norm"
     env = begin(args)
 
-    # data
+    # data: a random resized crop and a flip are all; the masks vary the task enough without colour jitter (table 1e)
     transform = pretrain_transform(args.input_size, args.crop_min, args.hflip, args.augment)
     dataset = readers.pretraining_images(
         args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images
     )
-    check_ranks_agree(env, {"training images": dataset.digest()})
+    check_ranks_agree(env, {"training images": dataset.digest()})  # each rank has listed its own disk
+    # the order is a function of (seed, epoch): a run that goes on within an epoch reads nothing of what it has seen
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = workers.available_workers(args.num_workers, env)
     train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout)
@@ -116,38 +89,42 @@ def main(args: argparse.Namespace) -> None:
     log.info(f"{len(dataset)} training images, {len(train_loader)} batches an epoch")
 
     # model
-    rng.seed_init(args.seed)
+    rng.seed_init(args.seed)  # the same weights on all ranks, made on the CPU so that they don't depend on the device
     model, starts = build_model(args, env.device), not will_resume(env, args)
     if args.init and starts:  # a run that goes on brings all its weights
         checkpoint.load_init(build.find(args.init), model)
     model.to(env.device)
     target = getattr(model, "decoder_target", None)
-    if hasattr(target, "prepare") and starts:
+    if hasattr(target, "prepare") and starts:  # PCA: fitted once, on rank 0, and kept in the checkpoint
         on_main(env, lambda: target.prepare(targets.sample_patches(model, train_loader)))
         share_buffers(model)
     log.info(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    # blocks are compiled one by one: they are alike, so one compilation serves all of them
     speed.prepare(model, args.compile, args.grad_checkpointing, env.device)
     ddp_model = wrap(model, env)
 
-    # optimizer: no decay on biases and norms; betas from the paper's table 8
+    # optimizer: lr = blr x effective batch / 256, the linear scaling rule (Goyal et al. 2017; appendix A.1)
     lr = scaled_lr(args.lr, args.blr, args.batch_size * args.accum_iter * env.world_size)
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    # no decay on biases and norms, which are one-dimensional; the class and mask tokens are decayed
     groups = param_groups_weight_decay(model, args.weight_decay)
-    # fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
+    # betas from table 8, where the paper follows iGPT (Chen et al. 2020); no clipping of gradients (appendix A.1).
+    # Fused, it leaves out gradients that are not finite; on mps not with every torch (pytorch pull request 186360)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=env.device.type != "mps")
-    dtype = autocast_dtype(args.amp, env.device)
+    dtype = autocast_dtype(args.amp, env.device)  # weights stay in float32; bf16 needs no loss scaling, fp16 does
     speed.choose_kernels(model, dtype, env.device)
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter)
+    # for img/s and mfu in the log: the encoder's arithmetic on kept patches, the decoder's on all
     macs = sum(flops.pretrain_macs(model, models_mae.kept_patches(model.patch_embed.num_patches, args.mask_ratio)))
 
     # training
     with Run(env, args, model, step, n_images=len(dataset), forward_macs=macs, milestones=20) as run:
         for epoch in run.epochs():
-            sampler.set_epoch(epoch, run.done.iteration)
+            sampler.set_epoch(epoch, run.done.iteration)  # `done`: of an epoch that an earlier process began
             stats = train_one_epoch(
                 ddp_model, train_loader, step, schedule, epoch, run, mask_ratio=args.mask_ratio, seed=args.seed
             )
-            datasets.report_bad(dataset)
+            datasets.report_bad(dataset)  # names of skipped images: workers found them, rank 0 lists them
             run.after_epoch(epoch, stats)  # saved first, looked at afterwards
             run.log.add_to_last(watch.after_epoch(epoch, model, stats["loss"], run.log))
     shutdown()

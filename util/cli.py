@@ -1,12 +1,16 @@
 """Options that several scripts share, each declared once, and the checks that need no data."""
 
 import argparse
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from util import masks, targets
 from util.log import log
+from util.option_types import SizeAction, above_zero, count, not_negative, path, positive, positive_share, share, side
+from util.option_types import mask_ratio as mask_ratio  # this one and the next two for the scripts alone
+from util.option_types import share_below_1 as share_below_1
+from util.option_types import tuned_blocks as tuned_blocks
+from util.transforms import AUGMENTS
 
 
 class _Help(argparse.HelpFormatter):
@@ -55,74 +59,6 @@ def warn_ineffective(args: argparse.Namespace) -> None:
         log.warning(
             f"no effect here: {', '.join(given)} (the launcher's environment decides; --resplit was never used)"
         )
-
-
-def _option_type(kind: type, least: float = -math.inf, most: float = math.inf, ends: str = "[]") -> Callable:
-    """A finite number from `least` to `most`; `ends`: a round bracket leaves that end out, as in mathematics."""
-
-    def read(text: str):
-        value = _number(kind, text)
-        if value < least or (value == least and ends[0] == "("):
-            raise argparse.ArgumentTypeError(f"{text} is {'not above' if ends[0] == '(' else 'below'} {least}")
-        if value > most or (value == most and ends[1] == ")"):
-            raise argparse.ArgumentTypeError(f"{text} is {'not below' if ends[1] == ')' else 'above'} {most}")
-        return value
-
-    return read
-
-
-positive = _option_type(int, 1)
-count = _option_type(int, 0)
-not_negative = _option_type(float, 0)
-above_zero = _option_type(float, 0, ends="(]")
-share = _option_type(float, 0, 1)
-positive_share = _option_type(float, 0, 1, "(]")
-share_below_1 = _option_type(float, 0, 1, "[)")
-side = _option_type(int, 1, 16384)  # pixels; no machine holds the attention of larger images
-
-
-def mask_ratio(text: str) -> float:
-    """Option type: a number above 0 (else nothing is left to predict) and below 1 (else nothing to encode)."""
-    if not 0 < (value := _number(float, text)) < 1:
-        reason = "removes nothing, so there is nothing to predict" if value <= 0 else "keeps nothing to encode"
-        raise argparse.ArgumentTypeError(f"{text} {reason}: choose above 0 and below 1, such as 0.75")
-    return value
-
-
-def path(text: str) -> str:
-    """Option type: a file, folder or URL; ~ is the home folder, also in --name=~/x, which shells leave alone."""
-    if (expanded := os.path.expanduser(text)).startswith("~"):
-        raise argparse.ArgumentTypeError(f"{text}: no such user; a folder of that name is ./{text}")
-    return expanded
-
-
-def tuned_blocks(text: str) -> float | None:
-    """Option type: a number of blocks, 0.5 for the MLP half of one, None for all of the model."""
-    if text == "all":
-        return None
-    return 0.5 if text in ("0.5", ".5") else count(text)
-
-
-def _number(kind: type, text: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text[:80]} is too large")
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
-    return value
-
-
-class SizeAction(argparse.Action):
-    """One number is a square's side; two are (height, width)."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if len(values) > 2:
-            parser.error(f"argument --input_size: expected a side, or height and width, got {len(values)} numbers")
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
 
 
 def add_training_options(
@@ -243,6 +179,36 @@ def add_crop_options(parser: argparse.ArgumentParser, *, crop_min: float) -> Non
         metavar="SHARE",
         help="share of images that are mirrored; 0 for text, digits",
     )
+
+
+def add_variant_options(parser: argparse.ArgumentParser) -> None:
+    """What the paper's table 1 varies; PRETRAIN.md tells the rows."""
+    add = parser.add_argument_group("the paper's variants").add_argument
+    add("--mask", default="random", choices=list(masks.MASKS),
+        help="removes any patches, rectangles, or all but one of every 2 x 2 (--mask_ratio 0.75)")  # fmt: skip
+    add("--target", default=None, choices=list(targets.TARGETS),
+        help="what is predicted: pixels, pixels normalised per patch, coefficients of the patches' principal "
+        "components, ids of --tokenizer (default: pixel; norm with --norm_pix_loss)")  # fmt: skip
+    add("--pca_components", default=None, type=positive, metavar="M",
+        help=f"coefficients of --target pca (default: {targets.N_COMPONENTS}, or all of a smaller patch)")  # fmt: skip
+    add("--tokenizer", default="", type=path, metavar="FILE",
+        help="TorchScript or torch.export program, images [N, 3, H, W] as the loader normalises them -> ids [N, L]. "
+        "It is code and runs here: give no file that you don't trust")  # fmt: skip
+    add("--vocab_size", default=None, type=positive, metavar="N",
+        help="number of the tokenizer's ids (default: what the file tells as vocab_size)")  # fmt: skip
+    add("--encoder_mask_tokens", action="store_true", help="the encoder sees a mask token for each removed patch")
+    add("--decoder_depth", default=None, type=positive, metavar="BLOCKS",
+        help="decoder blocks (default: the model's; 8 in the paper's)")  # fmt: skip
+    add("--decoder_width", default=None, type=positive, metavar="CHANNELS",
+        help="a multiple of --decoder_heads and of 4 (default: the model's; 512 in the paper's)")  # fmt: skip
+    add("--decoder_heads", default=None, type=positive, metavar="N",
+        help="attention heads of the decoder (default: the model's; 16 in the paper's)")  # fmt: skip
+    add("--augment", default="rrc", choices=AUGMENTS,
+        help="centre crop; crop of fixed size and random place; random resized crop; the same with colour jitter 0.4. "
+        "All but none flip (--hflip); --crop_min is of the last two")  # fmt: skip
+    add("--init", default="", type=path, metavar="FILE",
+        help="weights to start from: path, https URL or a released file's name; of an encoder alone, the decoder is "
+        "new. A resumed run does not read it")  # fmt: skip
 
 
 def add_watch_options(parser: argparse.ArgumentParser) -> None:
