@@ -112,8 +112,8 @@ def main(args: argparse.Namespace) -> None:
     if args.tune_blocks is not None:
         models_vit.freeze_all_but_last(model, args.tune_blocks)
     model.to(env.device)
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info(f"{args.model}: {n_parameters:,} parameters")
+    n_parameters, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad in of) for of in ([0, 1], [0]))
+    log.info(f"{args.model}: {n_parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""))
     # made before the model is compiled and wrapped: the average is a plain copy of it (from scratch, table 11)
     average = None if args.model_ema is None else ModelEmaV3(model, args.model_ema)
     speed.prepare(model, args.compile, args.grad_checkpointing, env.device)

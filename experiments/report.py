@@ -78,7 +78,8 @@ def _panel(canvas: Image.Image, x0: int, size: tuple[int, int], title: str, rows
         for tick in ticks:
             draw.text((edge, height_of(tick)), f"{tick:g}", fill=colour, font=small, anchor=anchor)
         points = [(x, some) for x, some in zip(across, values, strict=True) if some]
-        means = [(x, height_of(statistics.mean(some))) for x, some in points]
+        aside = 0 if rows[0].x is not None else 5 if values is ours else -5  # two dots at one place would be one
+        means = [(x + aside, height_of(statistics.mean(some))) for x, some in points]
         if rows[0].x is not None:
             draw.line(means, fill=colour, width=2)
         for (x, y), (_, some) in zip(means, points, strict=True):
