@@ -32,7 +32,7 @@ from torchvision.datasets import ImageFolder
 import models_mae
 from benchmarks import common
 from benchmarks.rivals import RANDAUGMENT, plain_recipe, pretraining_step
-from util.data import datasets
+from util.data import datasets, listing
 from util.data.decode import decode
 from util.data.loader import train_loader
 from util.dist import Dist, available_cores
@@ -139,7 +139,7 @@ def make_loaders(recipe: str, root: Path, batch_size: int, num_workers: int, dev
         pin_memory=device.type == "cuda", **TIMM_OPTIONS[recipe],
     )  # fmt: skip
     posterize_to_black(timm_loader.dataset.transform)
-    files, _ = datasets.list_classes(root)
+    files, _ = listing.list_classes(root)
     loaders: dict[str, Loader] = {"plain": (plain, None), "timm": (timm_loader, None)}
     sampler = datasets.TrainSampler(len(files), batch_size, 1, Dist(device), seed=0)
     finetune = recipe == "finetune"

@@ -21,7 +21,8 @@ import torch
 
 import models_mae
 from util import rng
-from util.data.datasets import Images, list_classes
+from util.data.datasets import Images
+from util.data.listing import list_classes
 from util.data.loader import DeviceLoader, eval_loader
 from util.dist import Dist
 from util.errors import UserError, fail

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from demo.make_digits import write_digits
-from util.data.datasets import Images, list_images
+from util.data.datasets import Images
+from util.data.listing import list_images
 from util.data.loader import normalise
 from util.transforms import eval_transform
 

@@ -18,15 +18,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from util import dist
-from util.data.datasets import (
-    Images,
-    PackedFiles,
-    TrainSampler,
-    classification_files,
-    list_classes,
-    list_images,
-    report_bad,
-)
+from util.data.datasets import Images, PackedFiles, TrainSampler, report_bad
+from util.data.listing import classification_files, list_classes, list_images
 from util.data.loader import eval_loader, normalise, train_loader
 from util.data.readers import pretraining_images
 from util.data.workers import available_workers, open_loader

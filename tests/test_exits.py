@@ -19,7 +19,8 @@ from helpers import ON_CPU, ROOT, _environment, torchrun, write_image, write_ima
 from torch.utils.data import DataLoader
 
 import main_pretrain
-from util.data.datasets import Images, list_images, report_bad
+from util.data.datasets import Images, report_bad
+from util.data.listing import list_images
 from util.data.workers import batches, open_loader, worker_options
 from util.dist import Dist, init_distributed, on_main
 from util.errors import FailedError, NonFiniteLossError, NotSavedError, UserError

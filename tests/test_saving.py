@@ -29,7 +29,8 @@ import models_vit
 import util.run.resume
 from engine_finetune import evaluate
 from util.data import datasets
-from util.data.datasets import Images, list_images, report_bad
+from util.data.datasets import Images, report_bad
+from util.data.listing import list_images
 from util.dist import Dist
 from util.errors import NonFiniteLossError, NotSavedError, UserError
 from util.lr_decay import param_groups_lrd

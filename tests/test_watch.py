@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_pretrain
 import models_mae
-from util.data.datasets import Images, list_images
+from util.data.datasets import Images
+from util.data.listing import list_images
 from util.dist import Dist
 from util.errors import UserError
 from util.look.features import knn_accuracy

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from util import cli
-from util.data.datasets import list_classes
+from util.data.listing import list_classes
 from util.dist import Dist
 from util.errors import UserError, fail
 from util.log import log, setup_logging

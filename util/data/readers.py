@@ -17,8 +17,9 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import rng
-from util.data.datasets import Images, classification_files, list_images
+from util.data.datasets import Images
 from util.data.decode import pixel_limit, to_rgb
+from util.data.listing import classification_files, list_images
 from util.dist import Dist
 from util.errors import UserError, printable
 from util.log import log

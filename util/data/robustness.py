@@ -12,7 +12,8 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 
 from util import cli
-from util.data.datasets import PackedFiles, list_classes
+from util.data.datasets import PackedFiles
+from util.data.listing import list_classes
 from util.errors import UserError
 
 # AlexNet's mean error over the five strengths of each corruption, as the authors of ImageNet-C published it

@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from models_mae import MaskedAutoencoderViT
-from util.data.datasets import Images, list_classes, list_images
+from util.data.datasets import Images
+from util.data.listing import list_classes, list_images
 from util.data.loader import DeviceLoader, eval_loader, normalise
 from util.data.readers import Stream
 from util.dist import Dist, gather, gather_on_all
