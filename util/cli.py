@@ -39,9 +39,9 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
 
 # options that may differ between the processes of one run: each has its own disk, cores and device, or none heeds them
 OF_ONE_RANK = set(
-    "data_path log_dir num_workers pin_mem loader_timeout device local_rank world_size dist_url dist_on_itp "
-    "dist_timeout peak_tflops imagenet imagenet_real imagenet_v2 imagenet_a imagenet_r imagenet_sketch imagenet_c "
-    "set classes".split()
+    "data_path val_path log_dir num_workers pin_mem loader_timeout device local_rank world_size dist_url "
+    "dist_on_itp dist_timeout peak_tflops imagenet imagenet_real imagenet_v2 imagenet_a imagenet_r imagenet_sketch "
+    "imagenet_c set classes".split()
 )
 
 
@@ -122,10 +122,16 @@ def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, label
     """Where images come from and who loads them."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data_path", default=None, type=path, metavar="FOLDER", help=data_path_help)
+    add("--data_path", default=None, type=path, metavar="PATH",
+        help=f"{data_path_help}; or a list of files, .txt or .csv, a path a line"
+        + (" and its label after a comma" if labelled else ""))  # fmt: skip
+    if labelled:
+        add("--val_path", default=None, type=path, metavar="FILE",
+            help="the list to validate on, where --data_path is a list (of folders, val/ is)")  # fmt: skip
     add("--dataset", default="", metavar="KIND/NAME",
-        help="tar, or a reader of timm: wds/NAME (WebDataset), hfds/NAME or hfids/NAME (Hugging Face), tfds/NAME; "
-        "--data_path is then its root. none: folders")  # fmt: skip
+        help="a published set as its archives unpack: inat2017, inat2018, inat2019, places205, places365; or tar, or a "
+        "reader of timm: wds/NAME (WebDataset), hfds/NAME or hfids/NAME (Hugging Face), tfds/NAME; --data_path is then "
+        "its root. none: folders, lists")  # fmt: skip
     add("--train_split", default="train", metavar="SPLIT", help="what of --dataset to train on")
     if labelled:
         add("--val_split", default="val", metavar="SPLIT", help="what of --dataset to validate on")
@@ -152,6 +158,7 @@ class DataOptions:
     """The values of `add_data_options`, for those who open the data; see the help texts above."""
 
     data_path: str | None
+    val_path: str | None
     dataset: str
     train_split: str
     val_split: str

@@ -6,6 +6,7 @@ run does not depend on the number of loader workers.
 """
 
 import random
+from array import array
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ def _derive(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def image_order(seed: int, epoch: int, n_images: int) -> list[int]:
-    """A permutation of 0 .. n_images - 1."""
+def image_order(seed: int, epoch: int, n_images: int) -> array:
+    """A permutation of 0 .. n_images - 1; no list, whose numbers take five times the memory."""
     generator = torch.Generator().manual_seed(_derive(seed, _ORDER, epoch))
-    return torch.randperm(n_images, generator=generator).tolist()
+    order = array("q")
+    order.frombytes(torch.randperm(n_images, generator=generator).numpy().view(np.uint8))
+    return order
 
 
 def stream_generator(seed: int, epoch: int) -> torch.Generator:

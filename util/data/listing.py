@@ -20,7 +20,7 @@ def list_images(root: str | Path) -> list[tuple[str, int]]:
 
     Raises UserError where the folder is missing, holds no image, or a folder in it may not be read.
     """
-    listing = _Listing()
+    listing = Listing()
     files = [(path, -1) for path in listing.images(_existing_folder(root))]
     listing.report(root)
     if not files:
@@ -33,7 +33,7 @@ def list_classes(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
 
     Raises UserError where the folder is missing, has no class folder, one of them holds no image, or may not be read.
     """
-    listing = _Listing()
+    listing = Listing()
     found = listing.classes(_existing_folder(root))
     listing.report(root)
     return _filled(root, *found)
@@ -50,7 +50,7 @@ def _filled(root: str | Path, files: list[tuple[str, int]], classes: list[str]) 
     return files, classes
 
 
-class _Listing:
+class Listing:
     """Lists images below folders, and remembers what is no image and what may not be read."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ def classification_files(
     if not data_path:
         raise UserError("--data_path is not given: name a folder with train/<class>/ and val/<class>/")
     splits = [Path(data_path) / name for name in ("val", "train")[: 1 + with_train]]
-    listing = _Listing()
+    listing = Listing()
     found = [listing.classes(_existing_folder(split)) for split in splits]
     listing.report(data_path)
     (val_files, classes), *train = [_filled(split, *there) for split, there in zip(splits, found, strict=True)]
@@ -164,4 +164,5 @@ def _existing_folder(root: str | Path) -> Path:
         reason = "it is a file"
     except (OSError, ValueError) as error:  # of a name that is too long, too
         reason = getattr(error, "strerror", error)
-    raise UserError(f"no folder {printable(root)} ({reason}): --data_path holds train/ and val/ (pretraining: images)")
+    of = "--data_path holds train/ and val/ (pretraining: images), or is a list, .txt or .csv"
+    raise UserError(f"no folder {printable(root)} ({reason}): {of}")

@@ -160,7 +160,7 @@ def open_labelled(
     """
     train_set, val_set = labelled_images(
         options.data_path, options.dataset, (options.train_split, options.val_split), transforms, nb_classes, env,
-        sharded, seed, options.skip_bad_images,
+        sharded, seed, options.skip_bad_images, options.val_path,
     )  # fmt: skip
     check_ranks_agree(env, {"images": [images and images.digest() for images in (train_set, val_set)]})
     num_workers = available_workers(options.num_workers, env)

@@ -17,6 +17,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import rng
+from util.data import lists, transfer
 from util.data.datasets import Images
 from util.data.decode import pixel_limit, to_rgb
 from util.data.listing import classification_files, list_images
@@ -105,14 +106,19 @@ class Stream:
 def pretraining_images(
     root: str | None, name: str, split: str, transform: Callable, env: Dist, seed: int, skip_bad: bool
 ) -> Images | Stream:
-    """All images of `root`/train or below `root`; with `name`, those of `split` of a dataset. Labels don't matter.
+    """All images of `root`/train, below `root` or of the list `root`; with `name`, those of `split` of a dataset.
 
-    Raises UserError where there are none.
+    Labels don't matter. Raises UserError where there are no images.
     """
+    if name in transfer.SETS:
+        return Images(transfer.unlabelled(name, root, split, skip_bad), transform, seed, skip_bad)
     if name:
         return _open(name, root, split, transform, env, seed, skip_bad, training=True)
     if not root:
         raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
+    if lists.is_list(root):
+        log.info(f"training on the images that {printable(root)} lists")
+        return Images(lists.unlabelled(root, skip_bad), transform, seed, skip_bad)
     folder = Path(root) / "train"
     if not os.path.lexists(folder):  # a link that leads nowhere is an error, not val/ as well
         folder = Path(root)
@@ -122,22 +128,29 @@ def pretraining_images(
 
 def labelled_images(
     root: str | None, name: str, splits: tuple[str, str], transforms: tuple[Callable | None, Callable],
-    nb_classes: int, env: Dist, sharded: bool, seed: int, skip_bad: bool,
+    nb_classes: int, env: Dist, sharded: bool, seed: int, skip_bad: bool, val_path: str | None = None,
 ) -> tuple[Images | Stream | None, Images | Stream]:  # fmt: skip
-    """(To train on, to validate): `root`/train and val, or with `name` two `splits` of a dataset.
+    """(To train on, to validate): `root`/train and val, the lists `root` and `val_path`, or two `splits` of `name`.
 
     The former is None where it has no transform; the latter has `classes`, names in label order, where they are known.
     `sharded` evaluation takes its own part in each process. Raises UserError where images are missing, or the classes
     do not fit one another or `nb_classes`.
     """
     train_transform, val_transform = transforms
-    if not name:
-        train_files, val_files = classification_files(root, nb_classes, with_train=train_transform is not None)
-        train_set = train_transform and Images(train_files, train_transform, seed, skip_bad)
+    if name and val_path:
+        raise UserError("--val_path is a list beside another, and --dataset has its own splits: leave one of them out")
+    if not name or name in transfer.SETS:
+        with_train = train_transform is not None
+        if name:
+            files = transfer.labelled(name, root, splits, nb_classes, with_train, skip_bad)
+        elif val_path or lists.is_list(root):
+            files = lists.labelled(root, val_path, nb_classes, with_train, skip_bad)
+        else:
+            files = _labelled_folders(root, nb_classes, with_train)
+        train_files, val_files, classes = files
+        train_set = Images(train_files, train_transform, seed, skip_bad) if with_train else None
         val_set = Images(val_files, val_transform, seed, skip_bad)
-        folder = Path(root) / "val"
-        names = {label: Path(path).relative_to(folder).parts[0] for path, label in val_files}
-        val_set.classes = [names[label] for label in sorted(names)]
+        val_set.classes = classes
         return train_set, val_set
     options = {"seed": seed, "skip_bad": skip_bad, "nb_classes": nb_classes}
     val_env = env if sharded else Dist(env.device)
@@ -147,6 +160,14 @@ def labelled_images(
     return _open(name, root, splits[0], train_transform, env, training=True, **options), val_set
 
 
+def _labelled_folders(root: str | None, nb_classes: int, with_train: bool) -> tuple[list, list, list[str]]:
+    """Folder with train/ and val/ -> (files to train on; to validate on; class names in label order)."""
+    train_files, val_files = classification_files(root, nb_classes, with_train)
+    folder = Path(root) / "val"
+    names = {label: Path(path).relative_to(folder).parts[0] for path, label in val_files}
+    return train_files, val_files, [names[label] for label in sorted(names)]
+
+
 def _open(
     name: str, root: str | None, split: str, transform: Callable, env: Dist, seed: int, skip_bad: bool,
     training: bool, nb_classes: int | None = None,
@@ -154,7 +175,7 @@ def _open(
     """One split of a dataset. Raises UserError with the reader's own words where it cannot be opened."""
     kind = name.split("/")[0].lower()
     if kind not in KINDS or (kind == "tar") != (name == "tar"):
-        forms = ["tar", *(f"{other}/NAME" for other in KINDS[1:])]
+        forms = ["tar", *(f"{other}/NAME" for other in KINDS[1:]), *transfer.SETS]
         raise UserError(f"--dataset {name} is not known: use one of {', '.join(forms)}")
     try:
         if kind in STREAMS:
