@@ -13,6 +13,7 @@ from torch import nn
 import models_vit
 from engine_finetune import evaluate, evaluate_and_leave, train_one_epoch
 from util import cli, flops, rng, speed
+from util.data.datasets import bad_listed
 from util.data.loader import open_labelled
 from util.dist import shutdown, wrap
 from util.errors import UserError
@@ -145,7 +146,8 @@ def main(args: argparse.Namespace) -> None:
 
     # training
     told = {"n_images": len(data.train_set), "classes": data.val_set.classes, "frozen": flops.frozen_share(model)}
-    with Run(env, args, model, step, forward_macs=flops.classifier_macs(model), **told) as run:
+    run = Run(env, args, model, step, forward_macs=flops.classifier_macs(model), **told)
+    with bad_listed(data.train_set, data.val_set), run:
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.done.iteration)
             train_stats = train_one_epoch(

@@ -1,10 +1,12 @@
 """Images: listing, broken files, order and loaders."""
 
 import gc
+import importlib
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import project_log, write_image, write_image_folder
+from helpers import ON_CPU, project_log, write_image, write_image_folder
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -20,11 +22,12 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from util import dist
 from util.data.datasets import Images, PackedFiles, TrainSampler, report_bad
 from util.data.listing import classification_files, list_classes, list_images
-from util.data.loader import eval_loader, normalise, train_loader
+from util.data.loader import DeviceLoader, eval_loader, normalise, train_loader
 from util.data.readers import pretraining_images
 from util.data.workers import available_workers, open_loader
 from util.dist import Dist
 from util.errors import UserError
+from util.run.exits import Stopped
 from util.transforms import eval_transform, finetune_transform, linprobe_transform, pretrain_transform
 
 
@@ -587,3 +590,24 @@ def test_normalising_is_the_libraries_own_arithmetic():
     images = [Image.fromarray(image.numpy()) for image in pixels]
     expected = [recipe(ImageOps.mirror(image) if flip else image) for image, flip in zip(images, mirror, strict=True)]
     assert torch.equal(normalise(pixels, mirror), torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "linprobe"])
+def test_files_skipped_before_a_signal_are_listed(name, tmp_path, monkeypatch, capsys):
+    images = write_image_folder(tmp_path / "images", n_train=4, n_val=1)
+    break_file(bad := next((images / "train").rglob("*.png")))
+    script = importlib.import_module(f"main_{name}")
+
+    def stopped(*args, **_):
+        loader = next(one for one in args if isinstance(one, DeviceLoader))
+        assert len(list(loader)) > 0
+        raise Stopped({signal.SIGTERM}, saved=True)
+
+    monkeypatch.setattr(script, "train_one_epoch", stopped)
+    model = "mae_vit_tiny_patch4" if name == "pretrain" else "vit_tiny_patch4"
+    more = [] if name == "pretrain" else ["--nb_classes", 3]
+    args = ("--data_path", images, "--model", model, "--input_size", 32, "--batch_size", 2, "--num_workers", 1, *more,
+            "--skip_bad_images", "--output_dir", "", "--log_dir", "", *ON_CPU)  # fmt: skip
+    with pytest.raises(Stopped):
+        script.main(script.get_args_parser().parse_args([str(word) for word in args]))
+    assert f"skipped 1 images that cannot be decoded:\n  {bad}\n" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Images: files on disk, decoded, transformed, in an order set by (seed, epoch)."""
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -144,6 +145,16 @@ def report_bad(dataset: Images) -> None:
     if paths:
         shown = "\n  ".join(map(printable, paths[:20])) + ("\n  ..." if len(paths) > 20 else "")
         log.warning(f"skipped {len(paths)} images that cannot be decoded:\n  {shown}")
+
+
+@contextlib.contextmanager
+def bad_listed(*datasets: Images | None) -> Iterator[None]:
+    """Whatever ends what is inside, a signal or an error too, `report_bad` has its say about each dataset."""
+    try:
+        yield
+    finally:
+        for dataset in filter(None, datasets):
+            report_bad(dataset)
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
