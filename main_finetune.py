@@ -145,8 +145,9 @@ def main(args: argparse.Namespace) -> None:
     step = Step(ddp_model, optimizer, env.device, dtype, args.accum_iter, args.clip_grad, average)
 
     # training
-    told = {"n_images": len(data.train_set), "classes": data.val_set.classes, "frozen": flops.frozen_share(model)}
-    run = Run(env, args, model, step, forward_macs=flops.classifier_macs(model), **told)
+    told = {"n_images": len(data.train_set), "images": data.train_set.digest(), "classes": data.val_set.classes}
+    macs, frozen = flops.classifier_macs(model), flops.frozen_share(model)
+    run = Run(env, args, model, step, forward_macs=macs, frozen=frozen, **told)
     with bad_listed(data.train_set, data.val_set), run:
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.done.iteration)

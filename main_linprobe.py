@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     criterion = nn.CrossEntropyLoss()  # no smoothing either
 
     # training
-    told = {"n_images": len(data.train_set), "classes": data.val_set.classes}
+    told = {"n_images": len(data.train_set), "images": data.train_set.digest(), "classes": data.val_set.classes}
     run = Run(env, args, model, step, forward_macs=flops.classifier_macs(model), frozen=1, **told)
     with bad_listed(data.train_set, data.val_set), run:
         for epoch in run.epochs():

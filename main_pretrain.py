@@ -118,7 +118,8 @@ def main(args: argparse.Namespace) -> None:
     macs = sum(flops.pretrain_macs(model, models_mae.kept_patches(model.patch_embed.num_patches, args.mask_ratio)))
 
     # training
-    run = Run(env, args, model, step, n_images=len(dataset), forward_macs=macs, milestones=20)
+    told = {"n_images": len(dataset), "images": dataset.digest()}
+    run = Run(env, args, model, step, forward_macs=macs, milestones=20, **told)
     with datasets.bad_listed(dataset), run:
         for epoch in run.epochs():
             sampler.set_epoch(epoch, run.done.iteration)  # `done`: of an epoch that an earlier process began

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import shutil
 import time
 import tracemalloc
 from types import SimpleNamespace
@@ -42,7 +43,7 @@ def read(path, **options):
 # what is in a list
 
 HARD = ["plain.jpg", "a,b.jpg", 'quo"ted".png', "spaces in it .png", "# no comment.jpg", "schön 日本.png", "/abs/o.png",
-        "../up.jpg", "two\nlines.png", "'single'.png", "a;b\tc.jpg", "-1", "trailing\\"]  # fmt: skip
+        "../up.jpg", "two\nlines.png", "\r\n.png", "'single'.png", "a;b\tc.jpg", "-1", "trailing\\"]  # fmt: skip
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -71,6 +72,15 @@ def test_blank_lines_are_nothing_and_lines_twice_are_two(tmp_path):
     content = "\n \n\r\npath,label\n\na.jpg,1\n\n\na.jpg,1\npath,label\n" + "\n" * 2000 + "b.jpg,2"
     expected = [("a.jpg", "1"), ("a.jpg", "1"), ("path", "label"), ("b.jpg", "2")]
     assert read(written(tmp_path / "a.csv", content)) == read(written(tmp_path / "a.txt", content)) == expected
+
+
+@pytest.mark.parametrize("n", [0, 1, 511, 512, 513, 1024])
+def test_a_header_is_the_first_line_alone(n, tmp_path):
+    rows = [("path", "label") if i == n else (f"{i}.jpg", "cat") for i in range(1500)]
+    path = written(tmp_path / "a.csv", "".join(f"{name},{label}\n" for name, label in rows))
+    assert read(path) == rows[n == 0 :]
+    (tmp_path / "b.csv").write_text(f"path,label\n{(tmp_path / 'a.csv').read_text()}")
+    assert read(str(tmp_path / "b.csv")) == rows
 
 
 def test_names_that_are_no_utf8_are_found_on_the_disk(tmp_path):
@@ -299,8 +309,14 @@ def test_pretraining_takes_the_same_images_from_a_txt_a_csv_and_a_folder(photos,
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, 3)
         train("pretrain", tmp_path / "parts", *PRETRAIN, "--data_path", photos.root / "train.txt", "--epochs", 1)
+    turned = written(photos.root / "turned.txt", "".join(f"all/{i}.png\n" for i in reversed(range(24))))
+    again = ("--epochs", 1, "--resume", "auto")
+    for name, other in (("train.csv", False), (turned, True)):
+        shutil.copytree(tmp_path / "parts", tmp_path / f"parts{other}")
+        said = train("pretrain", tmp_path / f"parts{other}", *PRETRAIN, "--data_path", photos.root / name, *again)
+        assert ("other training images, or in another order, than those 24" in said) == other
     shorter = written(photos.root / "shorter.txt", "all/0.png\n" * 20)
-    said = train("pretrain", tmp_path / "parts", *PRETRAIN, "--data_path", shorter, "--epochs", 1, "--resume", "auto")
+    said = train("pretrain", tmp_path / "parts", *PRETRAIN, "--data_path", shorter, *again)
     assert "20 training images, so another order (was 24)" in said
 
 

@@ -107,7 +107,8 @@ def test_classifiers_note_the_number_of_training_images(finetuned, probed):
 def test_pretraining_saves_every_20_epochs_and_the_last(pretrained):
     assert checkpoints(pretrained.folder) == ["checkpoint-0.pth", "checkpoint-2.pth"]
     state = load(pretrained.last)
-    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "world_size", "n_images", "trained"}
+    told = {"world_size", "n_images", "images", "trained"}
+    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", *told}
     assert state["epoch"] == 2 and state["n_images"] == 24 and state["args"]["mask_ratio"] == 0.75
 
 

@@ -22,9 +22,8 @@ from util.log import log
 
 ENDINGS = (".txt", ".csv")
 SAMPLED = 1000  # files of a list that are looked for before anything else; at most twice as many
-BATCH = (
-    512  # lines that are objects at a time: fewer than call the garbage collector, which would take most of the time
-)
+# lines that are objects at a time: too few to call the garbage collector, which would take most of the time
+BATCH = 512
 Row = list[str]  # [path] or [path, label]
 
 

@@ -87,11 +87,13 @@ def refuse_second_run(env: Dist, output_dir: str, resume: str) -> None:
 def resume(
     env: Dist, args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, n_images: int | None = None, average: ModelEmaV3 | None = None,
+    images: str | None = None,
 ) -> Start:  # fmt: skip
     """Load what --resume says into model, its average, optimizer and scaler; return where to start.
 
-    A file without optimizer (released weights) gives the model alone, and a start at --start_epoch. `n_images`: of the
-    training set, compared with the file's. Raises UserError naming what does not fit the model.
+    A file without optimizer (released weights) gives the model alone, and a start at --start_epoch. `n_images` and
+    `images`, their digest: of the training set, compared with the file's. Raises UserError naming what does not fit the
+    model.
     """
     path = args.resume
     if path == "auto":
@@ -113,7 +115,7 @@ def resume(
     start = _start(path, state, saved_args, args, env)
     log.info(f"resumed {path}: goes on at epoch {start.epoch}, batch {start.part.iteration}")
     if saved_args:
-        _name_differences(path, state, saved_args, args, env, n_images)
+        _name_differences(path, state, saved_args, args, env, n_images, images)
     _warn_of_newer(path, args.output_dir)
     return start
 
@@ -207,8 +209,9 @@ def _start(path: str | Path, state: dict, saved: dict, args: argparse.Namespace,
 
 
 def _name_differences(
-    path: str | Path, state: dict, saved: dict, args: argparse.Namespace, env: Dist, n_images: int | None
-) -> None:
+    path: str | Path, state: dict, saved: dict, args: argparse.Namespace, env: Dist,
+    n_images: int | None, images: str | None,
+) -> None:  # fmt: skip
     """Warn of what changes the mathematics and differs from the file's: options, effective batch, training images."""
     ours = vars(args)
     differing = [
@@ -223,6 +226,8 @@ def _name_differences(
             differing.append(f"effective batch {effective_batch} (was {theirs})")
     if n_images != state.get("n_images", n_images):
         differing.append(f"{n_images} training images, so another order (was {state['n_images']})")
+    elif images and isinstance(state.get("images"), str) and images != state["images"]:
+        differing.append(f"other training images, or in another order, than those {n_images}")
     if differing:
         log.warning(f"this run differs from the one that wrote {path}: {', '.join(differing)}")
 

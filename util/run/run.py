@@ -1,9 +1,9 @@
 """A run that cannot be lost: what an engine's loop tells it, it logs, judges and saves; and it leaves at a signal.
 
-A checkpoint is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict), `world_size`, `n_images` and
-`trained` (names of the optimizer's parameters, in its order); within an epoch also `iteration` (batches done) and
-`progress` (the sums of its means so far); in classifiers `max_accuracy`, `best` and `classes` (names in label order),
-and with --model_ema `model_ema`, named as `model`.
+A checkpoint is a dict: `model`, `optimizer`, `epoch`, `scaler`, `args` (a plain dict), `world_size`, `n_images`,
+`images` (their digest) and `trained` (names of the optimizer's parameters, in its order); within an epoch also
+`iteration` (batches done) and `progress` (the sums of its means so far); in classifiers `max_accuracy`, `best` and
+`classes` (names in label order), and with --model_ema `model_ema`, named as `model`.
 """
 
 import argparse
@@ -51,17 +51,18 @@ class Run:
     """What the engines see of a run. All ranks call it alike; rank 0 writes, into --output_dir if it is not empty.
 
     Inside its `with`, signals are noted, and obeyed after an optimizer step; one run at a time has the folder.
-    `n_images`: training images, which a run that resumes is to have too; `forward_macs`: multiply-adds of an image's
-    forward pass, a share `frozen` of them without backward pass; `milestones`: epochs between those that --keep_last
-    keeps; `classes`: a classifier's class names.
+    `n_images`, `images`: training images and their digest, which a run that resumes is to have too; `forward_macs`:
+    multiply-adds of an image's forward pass, a share `frozen` of them without backward pass; `milestones`: epochs
+    between those that --keep_last keeps; `classes`: a classifier's class names.
     """
 
     def __init__(
         self, env: Dist, args: argparse.Namespace, model: nn.Module, step: Step, *, n_images: int | None = None,
         forward_macs: float = 0, frozen: float = 0, milestones: int | None = None, classes: list[str] | None = None,
+        images: str | None = None,
     ) -> None:  # fmt: skip
         self.env, self.args, self.model, self.step, self.n_images = env, args, model, step, n_images
-        self.classes = classes
+        self.images, self.classes = images, classes
         self.throughput = None
         if forward_macs:
             images_per_step = args.batch_size * env.world_size
@@ -126,7 +127,8 @@ class Run:
             f"lr {lr:.3g}, effective batch {effective_batch}, {self.env.world_size} x {self.env.device.type}, {dtype}"
         )
         record_start(self.env, args)
-        start = resume.resume(self.env, args, self.model, step.optimizer, step.scaler, self.n_images, step.average)
+        of_ours = self.n_images, step.average, self.images
+        start = resume.resume(self.env, args, self.model, step.optimizer, step.scaler, *of_ours)
         self.max_accuracy = start.max_accuracy
         if self.writer:
             self.writer.best = start.best
@@ -251,10 +253,8 @@ class Run:
         }
         if self.step.average:
             state["model_ema"] = self.step.average.module.state_dict()
-        if self.n_images is not None:
-            state["n_images"] = self.n_images
-        if self.classes is not None:
-            state["classes"] = self.classes
+        told = {"n_images": self.n_images, "images": self.images, "classes": self.classes}
+        state |= {name: value for name, value in told.items() if value is not None}
         best = self.writer.best  # known now: the save before this one has ended
         if accuracy is not None and (best is None or accuracy > best[0]):
             best = (accuracy, epoch)
