@@ -44,7 +44,7 @@ def commands(page: str) -> list[str]:
         elif words:
             found.append(line)
     found += [code for code in in_line(page) if re.match(r"(python3?|torchrun|srun|make) ", code)]
-    return [line for line in found if re.search(r"\bpython3? |\.py\b|^make ", line)]
+    return [line for line in found if re.search(r"\bpython3? |\.py\b|^make |\.sbatch\b", line)]
 
 
 def words_of(command: str) -> list[str]:
@@ -66,6 +66,9 @@ def check(command: str, monkeypatch) -> None:
         targets = [word for word in words[1:] if "=" not in word]
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
         return
+    for i, word in enumerate(words):
+        if word.endswith(".sbatch"):  # what stands behind it are options of the script that it runs
+            words = [re.search(r"^run (main_\w+\.py)", (ROOT / word).read_text(), re.MULTILINE)[1], *words[i + 1 :]]
     scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
     modules = [i + 2 for i in range(len(words) - 2) if re.match(r"(.*/)?python3?$", words[i]) and words[i + 1] == "-m"]
     if not scripts and not modules:
@@ -116,6 +119,7 @@ def test_commands_parse(page, monkeypatch, capsys):
         "python -m util.exports x",
         "python main_train.py",
         "make coffee",
+        "OUT=/shared sbatch --nodes=2 docs/cluster/finetune.sbatch --norm_pix_loss",
     ],
 )
 def test_a_wrong_command_is_found(command, monkeypatch):
