@@ -55,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--smoothing", default=0.1, type=cli.share_below_1,
         help="label smoothing: share of the target spread over all classes")  # fmt: skip
 
-    add = parser.add_argument_group("augmentation").add_argument
+    add = cli.add_crop_options(parser, crop_min=0.08)
     add("--color_jitter", default=None, type=cli.not_negative, help="strength of colour jitter; used only without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment string; '' for none")
     add("--reprob", default=0.25, type=cli.share, help="random erasing: share of images")
@@ -87,7 +87,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--cutmix_minmax {args.cutmix_minmax}: the first number must be below the second")
     if mixes and args.batch_size % 2:
         raise UserError(f"--batch_size {args.batch_size} is odd, but mixup and cutmix mix pairs: choose an even one")
-    train_transform = None if args.eval else finetune_transform(args.input_size, args.color_jitter, args.aa)
+    crop = (args.crop_min, args.hflip, args.crop_ratio)
+    train_transform = None if args.eval else finetune_transform(args.input_size, args.color_jitter, args.aa, *crop)
     data = open_labelled(
         cli.data_options(args), (train_transform, eval_transform(args.input_size)), nb_classes=args.nb_classes,
         batch_size=args.batch_size, accum_iter=args.accum_iter, env=env, seed=args.seed, sharded=args.dist_eval,

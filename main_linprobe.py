@@ -44,7 +44,8 @@ def main(args: argparse.Namespace) -> None:
     # data: crop and flip alone. Regularisation hurts a linear classifier: no mixup, no RandAugment (appendix A.1)
     if args.batch_size == 1 and not args.eval:
         raise UserError("--batch_size 1: batch normalisation needs two images or more in each process: pass 2 or more")
-    train_transform = None if args.eval else linprobe_transform(args.input_size, args.crop_min, args.hflip)
+    crop = (args.crop_min, args.hflip, args.crop_ratio)
+    train_transform = None if args.eval else linprobe_transform(args.input_size, *crop)
     data = open_labelled(
         cli.data_options(args), (train_transform, eval_transform(args.input_size)), nb_classes=args.nb_classes,
         batch_size=args.batch_size, accum_iter=args.accum_iter, env=env, seed=args.seed, sharded=args.dist_eval,

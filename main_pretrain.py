@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     env = begin(args)
 
     # data: a random resized crop and a flip are all; the masks vary the task enough without colour jitter (table 1e)
-    transform = pretrain_transform(args.input_size, args.crop_min, args.hflip, args.augment)
+    transform = pretrain_transform(args.input_size, args.crop_min, args.hflip, args.augment, args.crop_ratio)
     dataset = readers.pretraining_images(
         args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images
     )

@@ -258,10 +258,10 @@ class MaskedAutoencoderViT(nn.Module):
 
 # 1e-6 as ViT's official code; torch's own is 1e-5, which released weights would feel
 _mae = partial(MaskedAutoencoderViT, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-# base, large and huge have ViT's sizes (Dosovitskiy et al. 2020, table 1). The decoder is the same for all, 512 wide
-# with 8 blocks, but for the patch-4 model, where it is as small as the encoder
+# base, large and huge have ViT's sizes (Dosovitskiy et al. 2020, table 1). The decoder: 512 wide, 8 blocks, or tiny
 _tiny_decoder = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
 mae_vit_tiny_patch4 = partial(_mae, img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, **_tiny_decoder)
+mae_vit_tiny_patch8 = partial(_mae, img_size=96, patch_size=8, embed_dim=64, depth=4, num_heads=4, **_tiny_decoder)
 mae_vit_tiny_patch16 = partial(_mae, patch_size=16, embed_dim=192, depth=12, num_heads=3)
 mae_vit_small_patch16 = partial(_mae, patch_size=16, embed_dim=384, depth=12, num_heads=6)
 mae_vit_base_patch16 = partial(_mae, patch_size=16, embed_dim=768, depth=12, num_heads=12)

@@ -141,6 +141,7 @@ def freeze_all_but_last(model: VisionTransformer, n_blocks: float) -> None:
 
 
 vit_tiny_patch4 = partial(VisionTransformer, img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4)
+vit_tiny_patch8 = partial(VisionTransformer, img_size=96, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 vit_tiny_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=192, depth=12, num_heads=3)
 vit_small_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=384, depth=12, num_heads=6)
 vit_base_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=768, depth=12, num_heads=12)

@@ -78,8 +78,8 @@ NEW = {
     "amp": ("auto",) * 3,
     "compile": ("auto",) * 3,
     "grad_checkpointing": (False, False, False),
-    "crop_min": (0.2, ABSENT, 0.08),  # as in the recipes
-    "hflip": (0.5, ABSENT, 0.5),
+    "crop_min": (0.2, 0.08, 0.08),  # as in the recipes
+    "hflip": (0.5,) * 3,
     "skip_bad_images": (False, False, False),
     "save_every": (20, 1, 1),  # epochs between checkpoints, which were fixed in the original
     "save_minutes": (30.0,) * 3,
@@ -391,6 +391,11 @@ def refused(monkeypatch, name, *args):
 
 each_script = pytest.mark.parametrize("name", MAINS)
 each_classifier = pytest.mark.parametrize("name", ["finetune", "linprobe"])
+
+
+@each_script
+def test_crop_ratio_reaches_the_crop(name, monkeypatch, folder):
+    assert "--crop_ratio 2.0 0.5" in refused(monkeypatch, name, "--data_path", folder, "--crop_ratio", 2, 0.5)
 
 
 @each_script

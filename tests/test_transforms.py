@@ -2,6 +2,7 @@
 
 import io
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -189,13 +190,32 @@ def test_probe_uses_its_own_crop():
     assert centres.std() > 25  # torchvision's would take the centre each time
 
 
-@pytest.mark.parametrize("make", [pretrain_transform, linprobe_transform])
+MAKES = [pretrain_transform, linprobe_transform, partial(finetune_transform, color_jitter=None, aa=None)]
+each_recipe = pytest.mark.parametrize("make", MAKES, ids=["pretrain", "linprobe", "finetune"])
+
+
+@each_recipe
 def test_least_area_and_flip_can_be_chosen(make):
     left, width, top, height = boxes(make(64, crop_min=0.5, hflip=0.0), n=100).T
     assert 0.5 * 0.93 < (width * height).min() / 256**2 < 0.6
     image = position_image()
     assert not any(is_mirrored(make(32, crop_min=0.5, hflip=0.0), image) for _ in range(50))
     assert all(is_mirrored(make(32, crop_min=0.5, hflip=1.0), image) for _ in range(50))
+
+
+@each_recipe
+def test_crops_of_long_images_can_be_long(make):
+    torch.manual_seed(0)
+    transform = make((256, 32), crop_min=0.3, hflip=0.0, ratio=(0.1, 0.15))
+    heights, widths = np.array([transform.draw(1024, 128)[0][2:] for _ in range(200)]).T
+    clipped = heights == 1024  # the probe's crop is cut to the image
+    ratios = (widths / heights)[~clipped]
+    assert 0.098 < ratios.min() < 0.105 and 0.145 < ratios.max() < 0.153
+    shares = (heights * widths / (1024 * 128))[~clipped]
+    assert 0.295 < shares.min() < 0.35 and shares.max() > 0.75
+    assert transform(torch.zeros(3, 1024, 128, dtype=torch.uint8))[0].shape == (256, 32, 3)
+    with pytest.raises(UserError, match="--crop_ratio 2 0.5: give the smaller first"):
+        make(32, crop_min=0.3, hflip=0.0, ratio=(2, 0.5))
 
 
 def test_strongest_auto_augment_takes_every_image():

@@ -174,18 +174,22 @@ def data_options(args: argparse.Namespace) -> DataOptions:
     return DataOptions(**{field.name: getattr(args, field.name) for field in fields(DataOptions)})
 
 
-def add_crop_options(parser: argparse.ArgumentParser, *, crop_min: float) -> None:
-    """What a recipe with no more augmentation than crop and flip lets its users change."""
+def add_crop_options(parser: argparse.ArgumentParser, *, crop_min: float) -> Callable:
+    """Crop and flip, for images of which a corner, or the mirror image, is something else. Returns what adds more."""
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop_min", default=crop_min, type=positive_share, metavar="SHARE",
         help="least share of the image's area that the random crop takes; the most is 1")  # fmt: skip
     add(
-        "--hflip",
-        default=0.5,
-        type=share,
-        metavar="SHARE",
-        help="share of images that are mirrored; 0 for text, digits",
+        "--crop_ratio",
+        default=[3 / 4, 4 / 3],
+        type=above_zero,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="width / height of the random crop in pixels; for long images about --input_size's (default: 3/4 to 4/3)",
     )
+    add("--hflip", default=0.5, type=share, metavar="SHARE",
+        help="share of images that are mirrored; 0 for text, digits")  # fmt: skip
+    return add
 
 
 def add_variant_options(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +216,7 @@ def add_variant_options(parser: argparse.ArgumentParser) -> None:
         help="attention heads of the decoder (default: the model's; 16 in the paper's)")  # fmt: skip
     add("--augment", default="rrc", choices=AUGMENTS,
         help="centre crop; crop of fixed size and random place; random resized crop; the same with colour jitter 0.4. "
-        "All but none flip (--hflip); --crop_min is of the last two")  # fmt: skip
+        "All but none flip (--hflip); --crop_min and --crop_ratio are of the last two")  # fmt: skip
     add("--init", default="", type=path, metavar="FILE",
         help="weights to start from: path, https URL or a released file's name; of an encoder alone, the decoder is "
         "new. A resumed run does not read it")  # fmt: skip

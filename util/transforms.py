@@ -47,6 +47,7 @@ _W0 |= dict.fromkeys(("Solarize", "SolarizeAdd", "Contrast", "Brightness", "Equa
 Size = int | tuple[int, int]
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 Transformed = tuple[torch.Tensor, bool]
+RATIO = (3 / 4, 4 / 3)  # width / height of random crops, in all three recipes
 
 
 def resize(pixels: torch.Tensor, size: list[int]) -> torch.Tensor:
@@ -72,7 +73,7 @@ class RandomCrop:
     """uint8 [3, H, W] -> ([h, w, 3], to be mirrored): a random resized crop, a coin for the flip, a policy.
 
     `draw_box` is the library's own get_params(image, scale, ratio), so that draws are the library's. A `policy` (of
-    PIL images, such as RandAugment) works on the mirrored image.
+    PIL images, such as RandAugment) works on the mirrored image. Raises UserError for a `ratio` from large to small.
     """
 
     size: tuple[int, int]
@@ -80,11 +81,16 @@ class RandomCrop:
     area: tuple[float, float]  # of the crop, as a share of the image's
     hflip: float
     policy: Callable[[Image.Image], Image.Image] | None = None
+    ratio: tuple[float, float] = RATIO  # least and largest width / height of the crop
+
+    def __post_init__(self) -> None:
+        if self.ratio[0] > self.ratio[1]:
+            raise UserError(f"--crop_ratio {self.ratio[0]} {self.ratio[1]}: give the smaller first")
 
     def draw(self, height: int, width: int) -> tuple[Box, bool]:
         """The crop and the flip of an image of that size in pixels."""
         shape_only = torch.empty(3, height, width, device="meta")
-        box = self.draw_box(shape_only, self.area, (3 / 4, 4 / 3))
+        box = self.draw_box(shape_only, self.area, tuple(self.ratio))
         return box, torch.rand(1).item() < self.hflip
 
     def __call__(self, pixels: torch.Tensor) -> Transformed:
@@ -113,7 +119,9 @@ def _box(img, scale: tuple[float, float], ratio: tuple[float, float], size: tupl
 AUGMENTS = ("none", "crop", "rrc", "jitter")
 
 
-def pretrain_transform(size: Size, crop_min: float, hflip: float, augment: str = "rrc") -> RandomCrop:
+def pretrain_transform(
+    size: Size, crop_min: float, hflip: float, augment: str = "rrc", ratio: tuple[float, float] = RATIO
+) -> RandomCrop:
     """Random resized crop of `crop_min` to 1 of the area, flip (paper, appendix A.1): `rrc`. The others of table 1e:
     `none`, a centre crop without flip; `crop`, one of fixed size and random place, with flip; `jitter`, `rrc` with
     brightness, contrast and saturation times 0.6 to 1.4. The paper states neither the size nor the strength.
@@ -123,12 +131,12 @@ def pretrain_transform(size: Size, crop_min: float, hflip: float, augment: str =
         at_random = augment == "crop"
         return RandomCrop(sides, partial(_box, size=sides, at_random=at_random), (1.0, 1.0), hflip * at_random)
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4) if augment == "jitter" else None
-    return RandomCrop(sides, transforms.RandomResizedCrop.get_params, (crop_min, 1.0), hflip, jitter)
+    return RandomCrop(sides, transforms.RandomResizedCrop.get_params, (crop_min, 1.0), hflip, jitter, ratio)
 
 
-def linprobe_transform(size: Size, crop_min: float, hflip: float) -> RandomCrop:
+def linprobe_transform(size: Size, crop_min: float, hflip: float, ratio: tuple[float, float] = RATIO) -> RandomCrop:
     """TensorFlow's random resized crop, flip; nothing stronger (paper, table 10)."""
-    return RandomCrop(_sides(size), RandomResizedCrop.get_params, (crop_min, 1.0), hflip)
+    return RandomCrop(_sides(size), RandomResizedCrop.get_params, (crop_min, 1.0), hflip, ratio=ratio)
 
 
 def _weigh(augment: RandAugment) -> None:
@@ -139,12 +147,15 @@ def _weigh(augment: RandAugment) -> None:
     augment.choice_weights = np.divide(weights, sum(weights))
 
 
-def finetune_transform(size: Size, color_jitter: float | None, aa: str | None) -> RandomCrop:
+def finetune_transform(
+    size: Size, color_jitter: float | None, aa: str | None, crop_min: float = 0.08, hflip: float = 0.5,
+    ratio: tuple[float, float] = RATIO,
+) -> RandomCrop:  # fmt: skip
     """timm's crop and flip, RandAugment `aa` (or `color_jitter` without it). Erasing is the device's work."""
     words = (aa or "").split("-")
     w0 = words[0] == "rand" and "w0" in words
     try:
-        crop_and_flip, policy, _ = create_transform(
+        _, policy, _ = create_transform(
             input_size=size,
             is_training=True,
             color_jitter=color_jitter,
@@ -157,10 +168,9 @@ def finetune_transform(size: Size, color_jitter: float | None, aa: str | None) -
             _weigh(policy.transforms[0])
     except (AssertionError, ValueError, KeyError) as error:
         raise UserError(f"--aa {aa} is no policy of timm: use one such as rand-m9-mstd0.5-inc1, or ''") from error
-    crop, flip = crop_and_flip.transforms
     draw_box = RandomResizedCropAndInterpolation.get_params
     policy = posterize_to_black(policy) if policy.transforms else None
-    return RandomCrop(_sides(size), draw_box, crop.scale, flip.p, policy)
+    return RandomCrop(_sides(size), draw_box, (crop_min, 1.0), hflip, policy, ratio)
 
 
 @dataclass(frozen=True)
