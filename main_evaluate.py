@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import models_vit
-from util import cli, speed
+from util import cli, options, speed
 from util.data import robustness, workers
 from util.data.parts import parts_loader, to_parts
 from util.dist import check_ranks_agree, on_main, shutdown
@@ -16,7 +16,7 @@ from util.log import log
 from util.look import results, tables
 from util.look.records import Watch, evaluate
 from util.run import exits
-from util.run.run import begin
+from util.run.start import begin
 from util.step import autocast_dtype
 from util.weights import build, checkpoint, download, hub
 
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--resume is not given: name the classifier's checkpoint, such as mae_finetuned_vit_base.pth")
     if not args.output_dir:
         raise UserError("--output_dir is empty: name the folder of the results")
-    env = begin(args)
+    env = begin(args, get_args_parser())
 
     # sets
     folders, own = robustness.given_sets(args)
@@ -84,6 +84,7 @@ def main(args: argparse.Namespace) -> None:
         "precision": str(dtype or torch.float32).removeprefix("torch."), "versions": results.versions(),
     }  # fmt: skip
     table = results.Results(env, args.output_dir, header, published)
+    on_main(env, lambda: options.write(args, args.output_dir))
     todo = table.missing(parts)
     log.info(
         f"{len(parts)} parts, {len(parts) - len(todo)} of them done; {sum(len(p.files) for p in todo)} images to go"

@@ -17,7 +17,8 @@ from util.log import log
 from util.lr_sched import Schedule, scaled_lr
 from util.run import exits
 from util.run.resume import will_resume
-from util.run.run import Run, begin
+from util.run.run import Run
+from util.run.start import begin
 from util.step import Step, autocast_dtype
 from util.transforms import eval_transform, linprobe_transform
 from util.weights import build, checkpoint
@@ -37,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     """Probe, or with --eval evaluate, as `args` says. Raises UserError for bad input before the first step."""
-    env = begin(args)
+    env = begin(args, get_args_parser())
     if args.eval:  # model, size, classes and pooling are the file's
         weights = build.take_options(args, get_args_parser(), probe=True)
 

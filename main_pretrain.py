@@ -15,7 +15,8 @@ from util.look.watch import Watch
 from util.lr_sched import Schedule, scaled_lr
 from util.run import exits
 from util.run.resume import will_resume
-from util.run.run import Run, begin
+from util.run.run import Run
+from util.run.start import begin
 from util.step import Step, autocast_dtype
 from util.transforms import pretrain_transform
 from util.weights import build, checkpoint
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         tokenizer=("tokens", args.tokenizer), vocab_size=("tokens", args.vocab_size),
     )  # fmt: skip
     args.norm_pix_loss = args.target == "norm"
-    env = begin(args)
+    env = begin(args, get_args_parser())
 
     # data: a random resized crop and a flip are all; the masks vary the task enough without colour jitter (table 1e)
     transform = pretrain_transform(args.input_size, args.crop_min, args.hflip, args.augment, args.crop_ratio)

@@ -168,10 +168,10 @@ def test_submission_adds_its_options_and_keeps_the_script_s(name):
 
 
 def help_of(script, monkeypatch, capsys):
-    """What `python SCRIPT --help` prints: option -> its text on one line."""
+    """What `python SCRIPT --help_all` prints: option -> its text on one line."""
     monkeypatch.setenv("COLUMNS", "10000")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "argv", [script, "--help_all"])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert exit_.value.code in (0, None)
@@ -193,7 +193,7 @@ def test_help_shows_every_default_and_the_models(script, monkeypatch, capsys):
         # 0 and 0.0 are the same number
         wanted = [f"(default: {'none' if default in (None, '') else default})", f"(default: {default}.0)"]
         assert any(text in shown[option] for text in wanted), shown[option]
-    assert all("(default: " in text for option, text in shown.items() if option != "help"), shown
+    assert all("(default: " in text for option, text in shown.items() if not option.startswith("help")), shown
     models = models_mae.MODELS if name == "pretrain" else models_vit.MODELS
     assert all(re.search(rf"\b{model}\b", shown["model"]) for model in models)
 

@@ -361,7 +361,7 @@ def set_up(script, options: str, root, monkeypatch) -> tuple:
         raise Caught(args, options)
 
     monkeypatch.setattr(script, "train_one_epoch", catch)
-    monkeypatch.setattr("util.run.run.setup_logging", lambda env, output_dir: None)
+    monkeypatch.setattr("util.run.start.setup_logging", lambda env, output_dir: None)
     data = write_image_folder(root, n_train=2, n_val=1)
     common = f"--data_path {data} --epochs 7 --warmup_epochs 3 --num_workers 0 --device cpu --amp off".split()
     with pytest.raises(Caught) as caught:

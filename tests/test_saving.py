@@ -990,13 +990,13 @@ def test_log_txt_takes_what_is_found_out_after_its_line_was_written(tmp_path):
 
 def test_log_txt_waits_for_a_disk_that_is_full(tmp_path, monkeypatch):
     run_log = RunLog(ENV, str(tmp_path), "")
-    run_log.path = Path("/dev/full")
+    run_log.epochs.path = Path("/dev/full")
     with project_log() as lines:
         run_log.write({"epoch": 0})
     assert any("CANNOT BE WRITTEN" in line for line in lines)
-    run_log.path = tmp_path / "log.txt"
+    run_log.epochs.path = tmp_path / "log.txt"
     run_log.write({"epoch": 1})
-    assert run_log.path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+    assert run_log.epochs.path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
 
 
 # what a run was

@@ -400,8 +400,12 @@ def test_tensorboard_may_be_elsewhere_or_nowhere(images, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         ".lock",
         "checkpoint-0.pth",
+        "config-1.yaml",
+        "config.yaml",
+        "log.jsonl",
         "log.txt",
         "runs.jsonl",
+        "status.json",
         "train.log",
     ]
 

@@ -6,36 +6,23 @@ from dataclasses import dataclass, fields
 
 from util import masks, targets
 from util.log import log
-from util.option_types import SizeAction, above_zero, count, not_negative, path, positive, positive_share, share, side
+from util.option_types import (
+    SizeAction,
+    above_zero,
+    count,
+    not_negative,
+    path,
+    positive,
+    positive_share,
+    report_to,
+    share,
+    side,
+)
 from util.option_types import mask_ratio as mask_ratio  # this one and the next two for the scripts alone
 from util.option_types import share_below_1 as share_below_1
 from util.option_types import tuned_blocks as tuned_blocks
+from util.options import parse as parse  # how the scripts know it
 from util.transforms import AUGMENTS
-
-
-class _Help(argparse.HelpFormatter):
-    """Appends each option's default to its help text."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is argparse.SUPPRESS or "(default" in action.help:
-            return action.help
-        default = action.default
-        if isinstance(default, bool):
-            default = "on" if default else "off"
-        elif default in (None, ""):
-            default = "none"
-        return f"{action.help} (default: {default})"
-
-
-def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.Namespace:
-    """Read the command line with `script_parser`, which is made with add_help=False."""
-    parser = argparse.ArgumentParser(parents=[script_parser], description=description, formatter_class=_Help)
-    args = parser.parse_args()
-    for name, value in vars(args).items():
-        if value in ([], ()):  # what argparse makes of --name=--
-            parser.error(f"argument --{name}: expected a value, got '--'")
-    return args
-
 
 # options that may differ between the processes of one run: each has its own disk, cores and device, or none heeds them
 OF_ONE_RANK = set(
@@ -251,9 +238,11 @@ def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default="./output_dir", type=path, metavar="FOLDER",
-        help="for checkpoints and log.txt; '' saves nothing")  # fmt: skip
+        help="for checkpoints, logs and config.yaml; '' saves nothing")  # fmt: skip
     add("--log_dir", default="./output_dir", type=path, metavar="FOLDER",
         help="for TensorBoard; does not follow --output_dir; '' writes none")  # fmt: skip
+    add("--report_to", default="tensorboard", type=report_to, metavar="NAMES",
+        help="who shows the curves, with commas between: tensorboard, wandb, mlflow; or none")  # fmt: skip
     add("--save_every", default=save_every, type=positive, metavar="EPOCHS",
         help="epochs between checkpoints; the last is always saved")  # fmt: skip
     add("--save_minutes", default=30.0, type=above_zero, metavar="MINUTES",

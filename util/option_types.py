@@ -52,6 +52,15 @@ def tuned_blocks(text: str) -> float | None:
     return 0.5 if text in ("0.5", ".5") else count(text)
 
 
+def report_to(text: str) -> str:
+    """Option type: names of those who show a run's curves, with commas between; none for nobody."""
+    names = [name.strip() for name in text.split(",")]
+    known = ("tensorboard", "wandb", "mlflow")
+    if names != ["none"] and (set(names) - set(known) or len(set(names)) < len(names)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not none, nor of {', '.join(known)}, with commas between")
+    return ",".join(names)
+
+
 def _number(kind: type, text: str):
     try:
         value = kind(text)

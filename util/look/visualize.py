@@ -4,6 +4,7 @@ Letters: N batch, C channels, L patches, P patch side in pixels, H height, W wid
 in [0, 1]; in masks and in `removed`, 1 or True means removed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -190,23 +191,53 @@ def sheet(pictures: Pictures, side: int = 128, gap: int = 6, across: int = 1) ->
 
 def grid_of(rows: list[list[torch.Tensor]], titles: list[str], cell: tuple[int, int], gap: int = 6) -> Image.Image:
     """Rows of pictures [3, H, W] -> one image, a title above each column; `cell` is (width, height) in pixels."""
-    lines = [line for title in titles for line in title.split("\n")]
-    fonts = (ImageFont.load_default(size) for size in (12, 11, 10, 9, 8, 7))
-    font = next(font for font in fonts if font.size == 7 or max(map(font.getlength, lines)) <= cell[0])
-    top = gap + 16 * max(title.count("\n") + 1 for title in titles)
-    size = (len(titles) * (cell[0] + gap) + gap, top + len(rows) * (cell[1] + gap))
+    titles, font, width = _fit(titles, cell[0])
+    pitch = width + gap
+    line = max(16, round(font.size * 4 / 3))
+    top = gap + line * max(title.count("\n") + 1 for title in titles)
+    size = (len(titles) * pitch + gap, top + len(rows) * (cell[1] + gap))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        draw.multiline_text((gap + column * (cell[0] + gap), gap // 2), title, fill="black", font=font, spacing=2)
+        draw.multiline_text(
+            (gap + column * pitch, gap // 2), title, fill="black", font=font, spacing=max(2, font.size // 6)
+        )
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
             # enlarged pixels stay visible as squares; a picture that has to shrink is averaged
             larger = cell[1] >= picture.shape[1]
             image = to_pil_image(picture.float().cpu())
             image = image.resize(cell, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
-            canvas.paste(image, (gap + column * (cell[0] + gap), top + row * (cell[1] + gap)))
+            canvas.paste(image, (gap + column * pitch, top + row * (cell[1] + gap)))
     return canvas
+
+
+def _fit(titles: list[str], width: int) -> tuple[list[str], ImageFont.FreeTypeFont, int]:
+    """(titles, width of a column in pixels) -> titles in lines that fit it, a legible font, and the width, which is
+    larger where a single word does not fit. The font is in proportion to the column, from 9 pixels on.
+    """
+    sizes = range(max(12, width // 16), 8, -1)
+    for size in sizes[:-1]:
+        font = ImageFont.load_default(size)
+        if max(font.getlength(line) for title in titles for line in title.split("\n")) <= width:
+            return titles, font, width
+    words = [word for title in titles for word in title.split()]
+    fonts = [ImageFont.load_default(size) for size in sizes]
+    font = next((font for font in fonts if max(map(font.getlength, words)) <= width), ImageFont.load_default(10))
+    width = max(width, math.ceil(max(map(font.getlength, words))))
+    wrapped = []
+    for title in titles:
+        lines = []
+        for line in title.split("\n"):
+            lines.append("")
+            for word in line.split():
+                longer = f"{lines[-1]} {word}".strip()
+                if font.getlength(longer) <= width:
+                    lines[-1] = longer
+                else:
+                    lines.append(word)
+        wrapped.append("\n".join(lines))
+    return wrapped, font, width
 
 
 def from_images(images: list[Image.Image], size: tuple[int, int]) -> torch.Tensor:

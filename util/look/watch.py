@@ -73,7 +73,7 @@ class Watch:
                 run_log.scalar("perf/knn_acc1", seen["knn_acc1"], epoch)
 
         def pictures() -> None:
-            if self.picture_every and (epoch + 1) % self.picture_every == 0 and run_log.writer:
+            if self.picture_every and (epoch + 1) % self.picture_every == 0 and run_log.reports:
                 run_log.image("reconstructions", self._draw(model), epoch)
 
         # other shapes than training's are not worth a compilation

@@ -114,6 +114,7 @@ class Writer:
         self.folder, self.asynchronous, self.keep_last, self.milestones = folder, asynchronous, keep_last, milestones
         self.failed = False  # the last save is still owed
         self.best: tuple[float, int] | None = None
+        self.saved: tuple[str, float] | None = None  # name and time of the last file
         self.writing: threading.Thread | None = None
         self.copies: dict[tuple, torch.Tensor] = {}
 
@@ -160,6 +161,7 @@ class Writer:
         try:
             save(path, state)
             megabytes, self.best = path.stat().st_size / 1e6, state.get("best")
+            self.saved = (path.name, time.time())
         except Exception as error:  # whatever it is, a thread's end must not go unnoticed
             self.failed = True
             # torch's writer turns a full disk into an error of its own

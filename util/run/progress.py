@@ -46,6 +46,7 @@ class Progress:
         done = done or Part()
         self.loader, self.header, self.every, self.env, self.throughput = loader, header, every, env, throughput
         self.rates: dict[str, float] = {}  # of the steps of the last read
+        self.step_seconds = math.nan  # of the same
         self.total = len(loader)
         self.pending: list[tuple[int, dict[str, float], dict[str, torch.Tensor]]] = []
         self.windows: dict[str, deque[float]] = {}
@@ -117,7 +118,7 @@ class Progress:
         """Say where the epoch is, after the read of `n_steps` steps."""
         now = time.perf_counter()
         # the host runs ahead of the device, so single steps can't be timed: these are means since the last read
-        step_seconds = (now - self.last_read) / n_steps
+        self.step_seconds = step_seconds = (now - self.last_read) / n_steps
         data_seconds = self.data_seconds / n_steps
         self.last_read, self.data_seconds = now, 0.0
         left, done = self.total - self.read_to, self.read_to - self.first

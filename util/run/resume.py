@@ -17,13 +17,14 @@ from util.run.training_state import check_training_state, shown
 from util.weights import checkpoint
 from util.weights.untrusted import options_of
 
+SUBMISSION = set("job_dir ngpus nodes timeout partition use_volta32 comment cluster".split())  # of submitit_*.py
 # options that may differ between a checkpoint and the run that continues it without a warning: they change no weight,
 # or (the first three) only as a product, which is compared
-MAY_DIFFER = set(
+MAY_DIFFER = SUBMISSION | set(
     "batch_size accum_iter world_size output_dir log_dir resume start_epoch data_path val_path num_workers pin_mem "
     "finetune init save_every save_minutes keep_last async_save on_nan loader_timeout dist_timeout dist_url "
-    "dist_on_itp local_rank device compile grad_checkpointing peak_tflops eval dist_eval job_dir ngpus nodes timeout "
-    "partition use_volta32 comment cluster picture_every knn_every val_split".split()
+    "dist_on_itp local_rank device compile grad_checkpointing peak_tflops eval dist_eval picture_every knn_every "
+    "val_split report_to".split()
 )
 
 

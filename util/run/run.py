@@ -16,35 +16,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util import cli, flops
-from util.dist import Dist, check_ranks_agree, init_distributed, on_main
+from util import flops
+from util.dist import Dist, on_main
 from util.errors import NonFiniteLossError, NotSavedError, UserError
-from util.log import log, setup_logging
+from util.log import log
+from util.options import plain
 from util.run import files, resume
 from util.run.exits import Signals, Stopped
 from util.run.lock import take
 from util.run.not_finite import Strikes, check_weights
 from util.run.progress import Part, Progress
-from util.run.run_log import RunLog, plain, record_start
+from util.run.report import open_reports
+from util.run.run_log import RunLog
+from util.run.start import record_start
+from util.run.status import Status
 from util.step import Step
 from util.weights import checkpoint
 
 LAST_TRIES_SECONDS = (1, 5, 20, 60)  # pauses before the state is given up that no later save would bring
-
-
-def begin(args: argparse.Namespace) -> Dist:
-    """What comes before all else in a script: join the other processes, open train.log, say what was asked for.
-
-    Raises UserError where --output_dir holds a run already that is not to be resumed.
-    """
-    env = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    setup_logging(env, args.output_dir)
-    cli.warn_ineffective(args)
-    log.info(args)
-    check_ranks_agree(env, cli.shared(args))
-    if not getattr(args, "eval", False):
-        resume.refuse_second_run(env, args.output_dir, args.resume)
-    return env
 
 
 class Run:
@@ -67,7 +56,7 @@ class Run:
         if forward_macs:
             images_per_step = args.batch_size * env.world_size
             self.throughput = flops.throughput(forward_macs, images_per_step, env, args.peak_tflops, frozen)
-        self.log = RunLog(env)
+        self.log, self.status = RunLog(env), Status()
         self.done = Part()  # of the epoch that is next
         self.progress: Progress | None = None
         self.signals, self.stop = Signals(env), set()
@@ -107,7 +96,11 @@ class Run:
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
         try:
             self._finish(error)
+        except BaseException as failure:
+            error = failure
+            raise
         finally:
+            self.log.close(self.status.end(error))
             self.signals.__exit__()
             self._give_up_lock()
 
@@ -132,13 +125,15 @@ class Run:
         self.max_accuracy = start.max_accuracy
         if self.writer:
             self.writer.best = start.best
-        self.log = RunLog(self.env, args.output_dir, args.log_dir, start.epoch)
+        reports = open_reports(args, plain(args)) if self.env.is_main else []
+        images_per_step = args.batch_size * self.env.world_size
+        self.log = RunLog(self.env, args.output_dir, reports, start.epoch, start.part.iteration, images_per_step)
+        self.status = Status(self.writer, start.epoch, args.epochs)
         if start.epoch >= args.epochs:
             log.warning(f"nothing left to train: epoch {start.epoch} of --epochs {args.epochs}")
         for epoch in range(start.epoch, args.epochs):
             self.done = start.part_of(epoch)
             yield epoch
-        self.log.close()
 
     def epoch(self, epoch: int, loader, loss_name: str = "loss") -> Iterator[tuple[int, object]]:
         """Yield (iteration, batch) of what is left of an epoch; `loss_name`: its curve in TensorBoard."""
@@ -169,7 +164,9 @@ class Run:
         ]
         self.strikes.judge(self.progress.header, passes)
         self.progress.log_line(len(steps))
-        self.log.steps(self.current, self.progress.total, steps, self.progress.rates, self.loss_name)
+        place = self.current, self.progress.read_to, self.progress.total
+        line = self.log.steps(*place, steps, self.progress, self.loss_name)
+        self.status.tell(*place, line)
 
     def means(self) -> dict[str, float]:
         """The epoch's mean `loss`, `lr` and `grad_norm`, over all ranks."""
@@ -192,7 +189,7 @@ class Run:
         stats["epoch"] = epoch
         if test is not None:
             stats["n_parameters"] = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
-        self.log.write(stats)
+        self.log.write(stats, {} if test is None else {"max_acc1": self.max_accuracy})
 
     # signals
 
