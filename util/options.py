@@ -82,7 +82,8 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
 
     The file's values come first, as if they stood at the front of the command line, which therefore wins.
     """
-    parser = _Parser(parents=[script_parser], description=description, formatter_class=_Help, add_help=False)
+    prog = script_parser.prog if script_parser.prog.startswith("python ") else None  # else the script's name
+    parser = _Parser(prog, parents=[script_parser], description=description, formatter_class=_Help, add_help=False)
     own = set(parser._option_string_actions)
     hidden = {"action": _Show, "nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     parser.add_argument("-h", "--help", const=False, help="show what most runs need, and leave", **hidden)
