@@ -80,7 +80,7 @@ def _panel(canvas: Image.Image, x0: int, size: tuple[int, int], title: str, rows
         points = [(x, some) for x, some in zip(across, values, strict=True) if some]
         aside = 0 if rows[0].x is not None else 5 if values is ours else -5  # two dots at one place would be one
         means = [(x + aside, height_of(statistics.mean(some))) for x, some in points]
-        if rows[0].x is not None:
+        if rows[0].x is not None and (values is ours or all(theirs)):  # no line over what is not published
             draw.line(means, fill=colour, width=2)
         for (x, y), (_, some) in zip(means, points, strict=True):
             if len(some) > 1:

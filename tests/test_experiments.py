@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
@@ -108,6 +109,21 @@ def test_error_bars_are_as_long_as_the_deviation():
 
     small, large = blue_rows([89.0, 91.0]), blue_rows([85.0, 95.0])
     assert large - 9 > 2 * (small - 9) > 0  # 9 pixels are the dot itself
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_page_shows_the_numbers_of_three_seeds(name):
+    rows = json.loads((ROOT / "docs" / "experiments" / f"{name}.json").read_text())["rows"]
+    page = (ROOT / "docs" / "EXPERIMENTS.md").read_text()
+    assert f"`python -m experiments {name}`" in page and f"experiments/{name}.png" in page
+    table = page.split(f"### {name}: ")[1].split("###")[0]
+    shown = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
+    expected = [row for row in EXPERIMENTS[name].rows if runnable(row, "digits")]
+    assert rows.keys() == {row.name for row in expected}
+    for row in expected:
+        for seeds in rows[row.name].values():
+            values = np.array([seeds[seed]["acc1"] for seed in "012"])
+            assert f"{values.mean():.1f} ± {values.std(ddof=1):.1f} |" in shown[row.name]
 
 
 def start(output, *more):
