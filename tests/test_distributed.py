@@ -22,7 +22,7 @@ import engine_pretrain
 import main_evaluate
 import main_finetune
 import main_pretrain
-import util.run.run
+import util.run.start
 from engine_finetune import evaluate
 from models_mae import mae_vit_tiny_patch4
 from models_vit import vit_tiny_patch4
@@ -126,7 +126,7 @@ def nan_error(env: Dist) -> str:
 
 def refusal(env: Dist, script, folder: Path, *options: object) -> str:
     """What a script says to this rank about options that other ranks do not have; nothing if it trains."""
-    util.run.run.init_distributed, script.shutdown = lambda *_: env, lambda: None
+    util.run.start.init_distributed, script.shutdown = lambda *_: env, lambda: None
     tiny = ("--model", "mae_vit_tiny_patch4" if script is main_pretrain else "vit_tiny_patch4", "--input_size", 16)
     args = (*tiny, "--batch_size", 2, "--num_workers", 0, *ON_CPU)
     if script is main_evaluate:
@@ -163,7 +163,7 @@ def worker(folder: Path) -> None:
     own = ("--data_path", folder / ("images", "copy")[env.rank], "--num_workers", env.rank, "--device", "cpu")
     refusals["nothing"] = refusal(env, main_pretrain, folder, *own)
     # the script finds this group, which stays for the other checks
-    util.run.run.init_distributed, engine_finetune.shutdown = lambda *_: env, lambda: None
+    util.run.start.init_distributed, engine_finetune.shutdown = lambda *_: env, lambda: None
     results = {
         "script": evaluate_by_script(folder, f"rank-{env.rank}", "--dist_eval"),
         "env": [env.rank, env.local_rank, env.world_size, env.local_world_size],
