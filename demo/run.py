@@ -51,7 +51,7 @@ class Set:
 
 
 SETS = {
-    "emoji": Set(48, 9, 62, 64, 12e-3, "--crop_min 0.6", "--blr 25 --crop_min 0.7", 16),
+    "emoji": Set(48, 9, 70, 64, 12e-3, "--crop_min 0.6", "--blr 25 --crop_min 0.7", 16),
     # a mirrored digit, or a corner of one, is another shape
     "digits": Set(32, 10, 60, 64, 12e-3, "--crop_min 0.5 --hflip 0", "--blr 60 --crop_min 0.7 --hflip 0", 10),
 }
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="?", choices=SETS, default="emoji", help="which pictures (default: emoji)")
     parser.add_argument("--output", type=Path, help="folder (default: one in demo/output)")
-    parser.add_argument("--epochs", type=int, help="epochs of pretraining (default: 62 for emoji, 60 for digits)")
+    parser.add_argument("--epochs", type=int, help="epochs of pretraining (default: 70 for emoji, 60 for digits)")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, order and masks (default: 0)")
     args = parser.parse_args()
     try:
