@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+# a shell that starts the tests in its background has them ignore Ctrl-C, which some of them send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 GOLDEN = Path(__file__).parent / "golden"
 
 # the models of most tests are so small that threads cost more than they bring
