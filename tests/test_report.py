@@ -93,7 +93,7 @@ def test_lines_of_steps_that_are_done_again_are_taken_out(start, n, kept, tmp_pa
     path = tmp_path / "log.jsonl"
     before = path.read_text().splitlines()
     path.write_text(path.read_text() + '{"epoch": 0, "st')
-    new = RunLog(CPU, str(tmp_path), "", *start, images_per_step=8)
+    new = RunLog(CPU, str(tmp_path), (), *start, images_per_step=8)
     new.steps(start[0], n, n, steps(n - 1, [7.0]), rates(), "loss")
     new.steps(9, n, n, steps(n - 1, [7.0]), rates(), "loss")
     after = path.read_text().splitlines()
@@ -225,7 +225,7 @@ def test_tensorboard_has_options_and_results_in_their_place(images, tmp_path):
 
 
 def test_steps_that_share_a_place_of_tensorboard_are_all_there(tmp_path):
-    run_log = RunLog(CPU, "", str(tmp_path), images_per_step=1)
+    run_log = RunLog(CPU, "", [report.TensorBoard(str(tmp_path), {})], images_per_step=1)
     run_log.steps(1, 4, 4000, steps(0, [1.0, 2.0, 3.0, 4.0]), rates(images_per_second=9.0), "train_loss")
     run_log.close()
     points = events(tmp_path).Scalars("train_loss")
@@ -265,7 +265,7 @@ def test_packages_that_nobody_names_are_not_imported(monkeypatch):
 def test_none_and_an_empty_log_dir_write_no_curves(tmp_path):
     for names, folder in {"none": tmp_path, "tensorboard": ""}.items():
         args = argparse.Namespace(report_to=names, log_dir=str(folder), output_dir="", resume="")
-        assert report.open_reports(args, {}) == []
+        assert report.open_reports(CPU, args, {}) == []
 
 
 class Broken:
@@ -318,7 +318,7 @@ def run_args(folder, names, resume=""):
 
 def show(folder, names, resume="", state="done", options=OPTIONS):
     """What a run would show: two steps, an epoch's results and a picture."""
-    run_log = RunLog(CPU, "", report.open_reports(run_args(folder, names, resume), options), images_per_step=8)
+    run_log = RunLog(CPU, "", report.open_reports(CPU, run_args(folder, names, resume), options), images_per_step=8)
     run_log.steps(0, 2, 2, steps(0, [1.5, math.nan]), rates(images_per_second=40.0), "train_loss")
     run_log.scalar("perf/knn_acc1", 70.0, 0)
     run_log.write({"train_loss": 1.5, "epoch": 0}, {"max_acc1": 70.0})
@@ -435,7 +435,7 @@ def test_mlflow_takes_more_than_one_call_s_worth(file_store, tmp_path):
     from mlflow import MlflowClient
 
     many = {f"option{i}": i for i in range(250)}
-    (one,) = report.open_reports(run_args(tmp_path, "mlflow"), many)
+    (one,) = report.open_reports(CPU, run_args(tmp_path, "mlflow"), many)
     with project_log() as said:
         one.points([Row(i, i / 600, i, {"loss": 1.0, "lr": 0.1}) for i in range(600)])
         one.close("done")
@@ -458,7 +458,11 @@ def test_a_run_reports_to_all_and_trains_the_same(offline, file_store, images, t
 
 
 def test_other_ranks_report_nothing(tmp_path):
-    run_log = RunLog(Dist(torch.device("cpu"), rank=1, world_size=2), str(tmp_path), str(tmp_path))
+    other = Dist(torch.device("cpu"), rank=1, world_size=2)
+    args = argparse.Namespace(
+        report_to="tensorboard,mlflow", output_dir=str(tmp_path), log_dir=str(tmp_path), resume=""
+    )
+    run_log = RunLog(other, str(tmp_path), report.open_reports(other, args, {}))
     run_log.steps(0, 1, 1, steps(0, [1.0]), rates(), "loss")
     run_log.write({"epoch": 0})
     run_log.close()

@@ -972,9 +972,9 @@ def test_log_txt_drops_the_epochs_that_are_done_again_and_half_a_line(tmp_path):
     path = tmp_path / "log.txt"
     lines = [json.dumps({"train_loss": 0.5, "epoch": epoch}) + "\n" for epoch in range(4)]
     path.write_text("".join(lines) + '{"train_loss": 0.1, "ep')
-    RunLog(ENV, str(tmp_path), "", start_epoch=4)
+    RunLog(ENV, str(tmp_path), start_epoch=4)
     assert path.read_text() == "".join(lines)
-    RunLog(ENV, str(tmp_path), "", start_epoch=2).write({"epoch": 2})
+    RunLog(ENV, str(tmp_path), start_epoch=2).write({"epoch": 2})
     assert path.read_text() == "".join(lines[:2]) + '{"epoch": 2}\n'
 
 
@@ -989,7 +989,7 @@ def test_log_txt_takes_what_is_found_out_after_its_line_was_written(tmp_path):
 
 
 def test_log_txt_waits_for_a_disk_that_is_full(tmp_path, monkeypatch):
-    run_log = RunLog(ENV, str(tmp_path), "")
+    run_log = RunLog(ENV, str(tmp_path))
     run_log.epochs.path = Path("/dev/full")
     with project_log() as lines:
         run_log.write({"epoch": 0})

@@ -17,6 +17,7 @@ from util.dist import Dist
 from util.errors import UserError
 from util.look.features import knn_accuracy
 from util.look.watch import Watch, _labelled_files, mean_image_loss
+from util.run.report import TensorBoard
 from util.run.run_log import RunLog
 from util.transforms import pretrain_transform
 
@@ -63,7 +64,7 @@ def test_with_normalised_pixels_of_unlike_images_it_is_1():
 
 def after_losses(watcher, losses):
     """The warnings of a run with these losses, as (epoch, text)."""
-    model, run_log, warnings = mae(), RunLog(CPU, "", ""), []
+    model, run_log, warnings = mae(), RunLog(CPU), []
     for epoch, loss in enumerate(losses):
         with project_log() as messages:
             watcher.after_epoch(epoch, model, loss, run_log)
@@ -191,7 +192,7 @@ def no_val(tmp_path):
 
 def said_after(watcher, out, n_epochs=2):
     """What is logged by epochs of a run, and what they return."""
-    run_log, seen = RunLog(CPU, "", str(out)), []
+    run_log, seen = RunLog(CPU, "", [TensorBoard(str(out), {})]), []
     with project_log() as messages:
         seen = [watcher.after_epoch(epoch, mae(), 1.0, run_log) for epoch in range(n_epochs)]
     run_log.close()
@@ -231,7 +232,7 @@ def other_mask(model):
 @pytest.mark.parametrize("change", [other_output, other_target, no_target, other_mask])
 def test_no_model_ends_its_run_in_a_picture(change, images, tmp_path):
     """Of whatever kind its exception is: one warning, and nothing more of this kind for the rest of the run."""
-    model, run_log = mae(), RunLog(CPU, "", str(tmp_path))
+    model, run_log = mae(), RunLog(CPU, "", [TensorBoard(str(tmp_path), {})])
     change(model)
     watcher = watch(images, picture_every=1, knn_every=1)
     with project_log() as messages:

@@ -20,6 +20,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from util.dist import Dist
 from util.errors import UserError, printable
 from util.log import log
 
@@ -245,10 +246,13 @@ class Background:
             self._warn(f"has not taken all after {LAST_SECONDS} s: the rest is left out")
 
 
-def open_reports(args: argparse.Namespace, options: dict[str, object]) -> list:
-    """What --report_to names, on rank 0; TensorBoard where --log_dir is not empty. A run that resumes in its folder
-    goes on in wandb and MLflow under the ids that lie there.
+def open_reports(env: Dist, args: argparse.Namespace, options: dict[str, object]) -> list:
+    """What --report_to names, on rank 0 alone; TensorBoard where --log_dir is not empty.
+
+    A run that resumes in its folder goes on in wandb and MLflow under the ids that lie there.
     """
+    if not env.is_main:
+        return []
     name = Path(args.output_dir or args.log_dir).resolve().name or PROJECT
     reports = []
     for kind in args.report_to.split(","):

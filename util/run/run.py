@@ -125,7 +125,7 @@ class Run:
         self.max_accuracy = start.max_accuracy
         if self.writer:
             self.writer.best = start.best
-        reports = open_reports(args, plain(args)) if self.env.is_main else []
+        reports = open_reports(self.env, args, plain(args))
         images_per_step = args.batch_size * self.env.world_size
         self.log = RunLog(self.env, args.output_dir, reports, start.epoch, start.part.iteration, images_per_step)
         self.status = Status(self.writer, start.epoch, args.epochs)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -10,7 +10,7 @@ from PIL import Image
 from util.dist import Dist
 from util.log import log
 from util.run.progress import Progress
-from util.run.report import Row, TensorBoard
+from util.run.report import Row
 
 
 class _Lines:
@@ -41,21 +41,19 @@ class _Lines:
 
 
 class RunLog:
-    """log.txt and log.jsonl in `output_dir`, and `reports` (see `open_reports`; a folder is TensorBoard's); on rank 0.
+    """log.txt and log.jsonl in `output_dir`, and `reports` (see `open_reports`); on rank 0.
 
     A run that starts after `iteration` batches of `start_epoch` takes out the lines of what it does again.
     `images_per_step`: of all processes, in a forward pass.
     """
 
     def __init__(
-        self, env: Dist, output_dir: str = "", reports: str | list = "", start_epoch: int = 0, iteration: int = 0,
+        self, env: Dist, output_dir: str = "", reports: Sequence = (), start_epoch: int = 0, iteration: int = 0,
         images_per_step: int = 0,
     ) -> None:  # fmt: skip
         here = env.is_main and bool(output_dir)
         self.epochs = _Lines(Path(output_dir) / "log.txt" if here else None)
         self.lines = _Lines(Path(output_dir) / "log.jsonl" if here else None)
-        if isinstance(reports, str):
-            reports = [TensorBoard(reports, {})] if env.is_main and reports else []
         self.reports, self.last, self.rows = reports, {}, []
         self.start, self.cut = (start_epoch, iteration), False
         self.images_per_step, self.images_per_epoch = images_per_step, 0
