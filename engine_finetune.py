@@ -40,7 +40,7 @@ def train_one_epoch(
         # on the device, after normalisation: erased pixels are noise of the scale of normalised ones (appendix A.1)
         if erase is not None:
             imgs = erase(imgs)
-        if mixup is not None:  # one draw a batch, and labels become soft: no batch needs a second forward pass
+        if mixup is not None:  # and labels become soft
             imgs, targets = mixup(imgs, targets)
         update = (i + 1) % step.accum_iter == 0  # else gradients add up, and ranks don't exchange them yet
         # softmax and its logarithm in float32 whatever the model computes in: bf16 keeps 3 digits of a logit
@@ -68,7 +68,7 @@ def evaluate(
         if run is not None and run.told:
             break
         with torch.autocast(env.device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(imgs).float()  # before the softmax: bf16 would tie classes in the top five
+            logits = model(imgs).float()  # the loss below in float32: bf16 keeps 3 digits
         losses = F.cross_entropy(logits, labels, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         per_image = [torch.ones_like(losses), losses, hits[:, 0], hits.sum(dim=1)]

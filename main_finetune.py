@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     model = models_vit.MODELS[args.model](
         img_size=args.input_size,
         num_classes=args.nb_classes,
-        drop_path_rate=args.drop_path,  # larger models need more: 0.1 for B, 0.2 for L, 0.3 for H (FINETUNE.md)
+        drop_path_rate=args.drop_path,  # larger models take more (FINETUNE.md)
         global_pool=args.global_pool,
     )
     dtype = autocast_dtype(args.amp, env.device)
