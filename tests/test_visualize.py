@@ -175,6 +175,12 @@ def test_a_sheet_has_a_cell_for_each_picture_where_its_title_says(across, n_rows
     torch.testing.assert_close(cell, pictures.pasted[2], atol=1 / 255, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (32, 128), (128, 32)])
+def test_the_shorter_side_of_a_cell_is_as_asked(size):
+    image = sheet(reconstruct(mae(size), images(size, n=1)), side=64)
+    assert image.width == 4 * (2 * size[1] + 6) + 6 and image.height - 2 * size[0] in range(22, 60), "titles above"
+
+
 def test_images_come_in_the_middle_in_the_shape_of_the_model_and_turned_by_exif():
     wide = Image.new("L", (60, 20))
     wide.paste(255, (20, 0, 40, 20))  # the middle third is white

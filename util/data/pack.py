@@ -69,7 +69,7 @@ def pack(folder: Path, out: Path, n: int) -> None:
     files = [(os.path.relpath(path, folder), label, os.path.getsize(path)) for path, label in sum(splits.values(), [])]
     plan = json.dumps([n, hashlib.sha256(json.dumps(files).encode()).hexdigest()]).encode()
     out.mkdir(parents=True, exist_ok=True)
-    lock.take(out / ".lock")
+    lock.take(out / ".lock", option="OUT")
     begun = out / "packing.json"  # what is in the shards, which their names do not say
     if begun.read_bytes() != plan if begun.exists() else any(out.glob("*.tar")):
         raise UserError(f"{out} has shards of other images or another --shard_images: name another folder, or empty it")

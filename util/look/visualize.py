@@ -176,7 +176,7 @@ def mask_noise(removed: torch.Tensor) -> tuple[float, torch.Tensor]:
 
 
 def sheet(pictures: Pictures, side: int = 128, gap: int = 6, across: int = 1) -> Image.Image:
-    """Pictures -> one image: four titled columns, a row for each image; cells are `side` pixels high.
+    """Pictures -> one image: four titled columns, a row for each image; cells are `side` pixels on their shorter side.
 
     `across` images share a row.
     """
@@ -186,7 +186,8 @@ def sheet(pictures: Pictures, side: int = 128, gap: int = 6, across: int = 1) ->
         [column[image] for image in range(first, min(first + across, n)) for column in columns]
         for first in range(0, n, across)
     ]
-    return grid_of(rows, pictures.titles() * min(across, n), (round(side * width / height), side), gap)
+    scale = side / min(height, width)
+    return grid_of(rows, pictures.titles() * min(across, n), (round(scale * width), round(scale * height)), gap)
 
 
 def grid_of(rows: list[list[torch.Tensor]], titles: list[str], cell: tuple[int, int], gap: int = 6) -> Image.Image:

@@ -15,12 +15,12 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def take(path: Path, wait_seconds: float = 0) -> int | None:
+def take(path: Path, wait_seconds: float = 0, option: str = "--output_dir") -> int | None:
     """Lock the file `path` until the descriptor that is returned is closed, or the process ends in whatever way.
 
     The lock is the whole process's, which must not take it twice. A run that was killed a moment ago may hold it still,
     on another node of a network file system for a minute or two. None where the file system has no locks, or no room.
-    Raises UserError where another process has it for longer.
+    Raises UserError where another process has it for longer; `option` named the folder.
     """
     if fcntl is None:
         return None
@@ -32,8 +32,7 @@ def take(path: Path, wait_seconds: float = 0) -> int | None:
             if time.monotonic() >= end:
                 os.close(file)
                 raise UserError(
-                    f"--output_dir {path.parent} is in use by another run ({holder}): stop that run, or name another "
-                    "folder"
+                    f"{option} {path.parent} is in use by another run ({holder}): stop that run, or name another folder"
                 )
             if not said:
                 log.info(f"{path.parent} is in use by another run ({holder}): waiting {wait_seconds:.0f} s for its end")
