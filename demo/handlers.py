@@ -84,6 +84,7 @@ class Handlers:
 
     def __init__(self, choices: dict[str, str], examples: dict[str, list[Image.Image]]) -> None:
         self.choices, self.examples = choices, examples
+        self.newest: tuple[Visit | None, str] = None, ""
 
     def models(self, visit: Visit) -> list:
         """The model of a visit, and the one beside it."""
@@ -121,7 +122,13 @@ class Handlers:
         return random_mask(model, percent, seed)
 
     def board(self, visit: Visit) -> str:
-        """The pictures, and what is said about them, as HTML."""
+        """The pictures, and what is said about them, as HTML. Visitors who open the page see the same, drawn once."""
+        if visit != self.newest[0]:
+            self.newest = visit, self.drawn(visit)
+        return self.newest[1]
+
+    def drawn(self, visit: Visit) -> str:
+        """The same, drawn anew."""
         rows, lines = [], []
         entries = self.models(visit)
         first, grid = entries[0], entries[0].model.patch_embed.grid_size

@@ -111,6 +111,17 @@ def test_a_model_of_normalised_pixels_says_whose_statistics_it_shows(tmp_path):
     assert predicted[0] != predicted[1]
 
 
+def test_visitors_who_open_the_page_together_cost_one_drawing(tmp_path, monkeypatch):
+    do = handlers.Handlers({"m": saved(tmp_path, "m.pth")}, {"photographs": [picture(), picture(seed=1)]})
+    drawn, draw = [], handlers.draw
+    monkeypatch.setattr(handlers, "draw", lambda *given: drawn.append(given) or draw(*given))
+    first = [do.board(do.choose(None, "m", handlers.NOTHING, 75, 0)) for _ in range(3)]
+    assert len(drawn) == 1 and len(set(first)) == 1
+    visit = do.choose(None, "m", handlers.NOTHING, 75, 0)
+    others = [do.board(do.picked(visit, 1)), do.board(do.choose(None, "m", handlers.NOTHING, 75, 1)), do.board(visit)]
+    assert len(drawn) == 4 and len({*first, *others[:2]}) == 3, "another picture and another mask are drawn"
+
+
 def test_the_page_says_what_a_model_was_trained_on_and_shows_such_pictures(tmp_path):
     choices, pictures = {}, {"photographs": [picture(0)], "emoji": [picture(1)], "digits": [picture(2)]}
     for name in ("emoji", "digits", "<b>cats</b>"):
