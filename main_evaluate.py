@@ -9,6 +9,7 @@ from torch import nn
 import models_vit
 from util import cli, options, speed
 from util.data import robustness, workers
+from util.data.bands import of_model
 from util.data.parts import parts_loader, to_parts
 from util.dist import check_ranks_agree, on_main, shutdown
 from util.errors import UserError
@@ -37,6 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="class names, one a line in the order of the logits (default: as the checkpoint names them; 1,000 classes "
         "without names are ImageNet's)")  # fmt: skip
 
+    cli.add_statistics_options(add, "as the file tells")
     robustness.add_set_options(parser)
     add = parser.add_argument_group("results").add_argument
     add("--output_dir", default="./output_dir", type=cli.path, metavar="FOLDER",
@@ -58,14 +60,15 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--output_dir is empty: name the folder of the results")
     env = begin(args, get_args_parser())
 
-    # sets
+    # what is asked for, and the model
     folders, own = robustness.given_sets(args)
     if args.predictions:
         tables.check_predictions(args.predictions)
-    listed = robustness.list_sets(folders, own)
-
-    # model
     name, model, classes, path = open_classifier(args)
+    bands = of_model(model, args.mean, args.std)
+
+    # sets
+    listed = robustness.list_sets(folders, own, bands.endings)
     names = robustness.class_names(model.head.out_features, classes, args.classes)
     size = tuple(model.patch_embed.img_size)
     parts = to_parts(listed, names, size, folders["imagenet-real"], args.skip_unknown_classes)
@@ -93,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     # evaluation: one loader over all parts
     num_workers = workers.available_workers(args.num_workers, env)
     loader, n_batches = parts_loader(
-        todo, args.batch_size, env, args.skip_bad_images, num_workers, args.pin_mem, args.loader_timeout
+        todo, args.batch_size, env, args.skip_bad_images, num_workers, args.pin_mem, args.loader_timeout, bands
     )
     watch = Watch(sum(n_batches), env)
     batches = watch.batches(loader)

@@ -71,6 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--mixup_switch_prob", default=0.5, type=cli.share, help="share of cutmix where both are on")
     add("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="one draw for a batch, pair or image")
 
+    cli.add_channel_options(parser)
     cli.add_data_options(parser, "folder with train/<class>/ and val/<class>/")
     cli.add_run_options(parser, save_every=1)
     return parser
@@ -94,11 +95,13 @@ def main(args: argparse.Namespace) -> None:
         cli.data_options(args), (train_transform, eval_transform(args.input_size)), nb_classes=args.nb_classes,
         batch_size=args.batch_size, accum_iter=args.accum_iter, env=env, seed=args.seed, sharded=args.dist_eval,
     )  # fmt: skip
+    data.val_set.bands.note(args)
 
     # model
     rng.seed_init(args.seed)  # the same weights on all ranks
     model = models_vit.MODELS[args.model](
         img_size=args.input_size,
+        in_chans=args.in_chans,
         num_classes=args.nb_classes,
         drop_path_rate=args.drop_path,  # larger models take more (FINETUNE.md)
         global_pool=args.global_pool,

@@ -31,6 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     cli.add_model_options(parser, models_vit.MODELS, default="vit_large_patch16")
     cli.add_classifier_options(parser, global_pool=False)
     cli.add_crop_options(parser, crop_min=0.08)
+    cli.add_channel_options(parser)
     cli.add_data_options(parser, "folder with train/<class>/ and val/<class>/")
     cli.add_run_options(parser, save_every=1)
     return parser
@@ -51,11 +52,12 @@ def main(args: argparse.Namespace) -> None:
         cli.data_options(args), (train_transform, eval_transform(args.input_size)), nb_classes=args.nb_classes,
         batch_size=args.batch_size, accum_iter=args.accum_iter, env=env, seed=args.seed, sharded=args.dist_eval,
     )  # fmt: skip
+    data.val_set.bands.note(args)
 
     # model: everything frozen but the head
     rng.seed_init(args.seed)  # the same weights on all ranks
     model = models_vit.MODELS[args.model](
-        img_size=args.input_size, num_classes=args.nb_classes, global_pool=args.global_pool
+        img_size=args.input_size, in_chans=args.in_chans, num_classes=args.nb_classes, global_pool=args.global_pool
     )
     if args.finetune and not args.eval and not will_resume(env, args):
         checkpoint.load_pretrained(args.finetune, model)

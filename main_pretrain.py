@@ -8,7 +8,7 @@ from timm.optim import param_groups_weight_decay
 import models_mae
 from engine_pretrain import train_one_epoch
 from util import cli, flops, masks, rng, speed, targets
-from util.data import datasets, loader, readers, workers
+from util.data import bands, datasets, loader, readers, workers
 from util.dist import check_ranks_agree, on_main, share_buffers, shutdown, wrap
 from util.log import log
 from util.look.watch import Watch
@@ -36,6 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     mae.add_argument("--norm_pix_loss", action="store_true", help="predict pixels normalised per patch: --target norm")
     cli.add_variant_options(parser)
     cli.add_crop_options(parser, crop_min=0.2)
+    cli.add_channel_options(parser)
     cli.add_data_options(
         parser, "folder of images: its train/ if it has one, else all images below it, at any depth", labelled=False
     )
@@ -53,7 +54,9 @@ def build_model(args: argparse.Namespace, device: torch.device) -> models_mae.Ma
     options = {name: value for name, value in decoder.items() if value is not None}  # None leaves the model's own
     if args.encoder_mask_tokens:
         options["encoder_mask_tokens"] = True
-    model = models_mae.MODELS[args.model](img_size=args.input_size, norm_pix_loss=args.norm_pix_loss, **options)
+    model = models_mae.MODELS[args.model](
+        img_size=args.input_size, in_chans=args.in_chans, norm_pix_loss=args.norm_pix_loss, **options
+    )
     models_mae.check_mask_ratio(model.patch_embed.num_patches, args.mask_ratio)
     if args.mask != "random":  # the default is what the model's file says
         model.mask_noise = masks.MASKS[args.mask]
@@ -75,10 +78,13 @@ def main(args: argparse.Namespace) -> None:
 
     # data: a random resized crop and a flip are all; the masks vary the task enough without colour jitter (table 1e)
     transform = pretrain_transform(args.input_size, args.crop_min, args.hflip, args.augment, args.crop_ratio)
+    of_images = bands.chosen(args, transform)  # channels, type of values, mean and deviation
     dataset = readers.pretraining_images(
-        args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images
-    )
+        args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images,
+        of_images.endings,
+    )  # fmt: skip
     check_ranks_agree(env, {"training images": dataset.digest()})  # each rank has listed its own disk
+    bands.settle(of_images, env, args.decode, dataset).note(args)  # what is not given is measured
     # the order is a function of (seed, epoch): a run that goes on within an epoch reads nothing of what it has seen
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = workers.available_workers(args.num_workers, env)

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
+from util.data.bands import of_model
 from util.errors import UserError
 from util.look.visualize import from_images, mask_noise, reconstruct, removed_patches, seeded_noise, strategy_noise
 from util.step import autocast_dtype
@@ -121,7 +122,7 @@ def precision(model: torch.nn.Module) -> torch.autocast:
 def draw(model: torch.nn.Module, image: Image.Image, removed: list[bool], statistics: str = "neighbours") -> Drawing:
     """It depends on its arguments alone. Raises UserError where all or no patches are removed."""
     ratio, noise = mask_noise(torch.tensor([removed]))
-    imgs = from_images([image], model.patch_embed.img_size)
+    imgs = from_images([image], model.patch_embed.img_size, of_model(model))
 
     def compute():
         with precision(model):

@@ -7,10 +7,13 @@ from dataclasses import dataclass, fields
 from util import masks, targets
 from util.log import log
 from util.option_types import (
+    ChannelsAction,
     SizeAction,
     above_zero,
+    channels,
     count,
     not_negative,
+    number,
     path,
     positive,
     positive_share,
@@ -24,6 +27,7 @@ from util.option_types import tuned_blocks as tuned_blocks
 from util.options import parse as parse  # how the scripts know it
 from util.transforms import AUGMENTS
 
+PIXEL_TYPES = ("rgb", "stored", "uint8", "uint16", "float32")
 # options that may differ between the processes of one run: each has its own disk, cores and device, or none heeds them
 OF_ONE_RANK = set(
     "data_path val_path log_dir num_workers pin_mem loader_timeout device local_rank world_size dist_url "
@@ -105,6 +109,26 @@ def add_model_options(parser: argparse.ArgumentParser, models: dict[str, Callabl
     )  # fmt: skip
 
 
+def add_channel_options(parser: argparse.ArgumentParser) -> None:
+    """What images are beside their size: see util/data/bands.py."""
+    add = parser.add_argument_group("channels").add_argument
+    add("--in_chans", default=3, type=channels, action=ChannelsAction, metavar="C", help="channels of an image")
+    add("--pixel_type", default=None, choices=PIXEL_TYPES,
+        help="rgb: all images become RGB of 8 bits; stored, or a type's name: uint8, uint16 or float32 as the files "
+        "have it, .npy and TIFF of many bands too (default: stored where --in_chans is given, even as 3, else "
+        "rgb)")  # fmt: skip
+    add_statistics_options(add, "ImageNet's for 3 channels of uint8, else measured on up to 1,000 training images")
+
+
+def add_statistics_options(add: Callable, default: str) -> None:
+    """What normalises images; `default` in words."""
+    add("--mean", default=None, type=number, nargs="+", metavar="M",
+        help="of each channel, of values in units of 0..1: uint8 by 255, uint16 by 65535, float32 as it is (default: "
+        f"{default})")  # fmt: skip
+    add("--std", default=None, type=above_zero, nargs="+", metavar="S",
+        help="standard deviation of each channel, in the same units (default: as --mean)")  # fmt: skip
+
+
 def add_data_options(parser: argparse.ArgumentParser, data_path_help: str, labelled: bool = True) -> None:
     """Where images come from and who loads them."""
     group = parser.add_argument_group("data")
@@ -142,7 +166,7 @@ def _add_loader_options(group) -> None:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The values of `add_data_options`, for those who open the data; see the help texts above."""
+    """The values of `add_data_options` and `add_channel_options`, for those who open the data; see the help texts."""
 
     data_path: str | None
     val_path: str | None
@@ -154,6 +178,10 @@ class DataOptions:
     num_workers: int
     loader_timeout: float
     pin_mem: bool
+    in_chans: int
+    pixel_type: str | None
+    mean: list[float] | None
+    std: list[float] | None
 
 
 def data_options(args: argparse.Namespace) -> DataOptions:

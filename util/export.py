@@ -60,7 +60,9 @@ def to_timm(model: nn.Module, name: str, prepared: dict, path: Path) -> str:
     return f'import timm; model = timm.create_model("{timm_name}", pretrained=True, {keywords})'
 
 
-def to_hugging_face(model: MaskedAutoencoderViT, part: str, mask_ratio: float, prepared: dict, folder: Path) -> str:
+def to_hugging_face(
+    model: MaskedAutoencoderViT, part: str, mask_ratio: float, prepared: dict, pixel_type: object, folder: Path
+) -> str:
     """Write config.json, preprocessor_config.json and model.safetensors; returns the Python line that loads them."""
     height, width = model.patch_embed.img_size
     if height != width:
@@ -77,7 +79,7 @@ def to_hugging_face(model: MaskedAutoencoderViT, part: str, mask_ratio: float, p
         {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True, "size": {"height": height, "width": width}, "resample": 3,  # 3: bicubic
-            "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_rescale": True, "rescale_factor": 1 / {"uint16": 65535, "float32": 1}.get(pixel_type, 255),
             "do_normalize": True, "image_mean": prepared["mean"], "image_std": prepared["std"],
         },
     )  # fmt: skip
@@ -231,13 +233,14 @@ def export(
         if to == "timm":
             return output, to_timm(model, name, prepared, output)
         if to == "hf":
-            return output, to_hugging_face(model, part, mask_ratio, prepared, output)
+            return output, to_hugging_face(model, part, mask_ratio, prepared, args.get("pixel_type"), output)
         if to == "onnx":
             return output, to_onnx(model, part, mask_ratio, output)
         if to in ("detectron2", "mmseg"):
             return output, to_detector(model, to, output)
         kept = {"model": name, "input_size": list(model.patch_embed.img_size)}
         kept |= {key: list(prepared[key]) for key in ("mean", "std") if key in args and key in prepared}
+        kept |= {"pixel_type": args["pixel_type"]} if isinstance(args.get("pixel_type"), str) else {}
         if is_mae:
             kept["norm_pix_loss"] = model.norm_pix_loss
         return output, to_safetensors(model, part, kept, output)

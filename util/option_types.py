@@ -27,6 +27,8 @@ above_zero = _option_type(float, 0, ends="(]")
 share = _option_type(float, 0, 1)
 positive_share = _option_type(float, 0, 1, "(]")
 share_below_1 = _option_type(float, 0, 1, "[)")
+number = _option_type(float)
+channels = _option_type(int, 1, 10_000)
 side = _option_type(int, 1, 16384)  # pixels; no machine holds the attention of larger images
 
 
@@ -72,6 +74,15 @@ def _number(kind: type, text: str):
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
     return value
+
+
+class ChannelsAction(argparse.Action):
+    """--in_chans: who gives it, even as 3, wants files as they are stored (see util/data/bands.py)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        if namespace.pixel_type is None:
+            namespace.pixel_type = "stored"
 
 
 class SizeAction(argparse.Action):

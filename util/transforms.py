@@ -1,9 +1,10 @@
-"""From decoded pixels to a network's input size, for each recipe, in uint8. Sizes are one number or (height, width).
+"""From decoded pixels to a network's input size, for each recipe, in their type. Sizes: one number or (height, width).
 
-A transform returns the pixels [h, w, 3] and whether they are still to be mirrored: mirroring and normalising are the
+A transform returns the pixels [h, w, C] and whether they are still to be mirrored: mirroring and normalising are the
 device's work (util/data/loader.py).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -51,29 +52,33 @@ RATIO = (3 / 4, 4 / 3)  # width / height of random crops, in all three recipes
 
 
 def resize(pixels: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """uint8 [3, H, W] -> [3, h, w], bicubic with antialiasing; one number in `size` is the shorter side.
+    """uint8, uint16 or float32 [C, H, W] -> [C, h, w] of the same type, bicubic with antialiasing; one number in `size`
+    is the shorter side.
 
     It differs from Pillow 13's by 0.03 grey levels on average over random crops of photographs, and by up to 0.2 on
     average in a single tall crop; from Pillow 12's by 0.003 and 0.01. Both round between the two directions, and
     Pillow 13 takes tall crops in the other order.
     """
+    if pixels.dtype == torch.uint16:  # for which torch has no kernel
+        return resize(pixels.float(), size).round_().clamp_(0, 65535).to(torch.uint16)
     # this layout has the fastest kernel
     pixels = pixels[None].contiguous(memory_format=torch.channels_last)
     return F.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True)[0]
 
 
 def crop_and_resize(pixels: torch.Tensor, box: Box, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 [3, H, W] -> the pixels inside `box`, as [h, w, 3]."""
+    """[C, H, W] -> the pixels inside `box`, as [h, w, C]."""
     top, left, height, width = box
     return resize(pixels[:, top : top + height, left : left + width], list(size)).permute(1, 2, 0).contiguous()
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """uint8 [3, H, W] -> ([h, w, 3], to be mirrored): a random resized crop, a coin for the flip, a policy.
+    """[C, H, W] -> ([h, w, C], to be mirrored): a random resized crop, a coin for the flip, a policy.
 
     `draw_box` is the library's own get_params(image, scale, ratio), so that draws are the library's. A `policy` (of
-    PIL images, such as RandAugment) works on the mirrored image. Raises UserError for a `ratio` from large to small.
+    PIL images, such as RandAugment) works on the mirrored image, and needs 3 channels of uint8. Raises UserError for a
+    `ratio` from large to small.
     """
 
     size: tuple[int, int]
@@ -98,6 +103,12 @@ class RandomCrop:
         pixels = crop_and_resize(pixels, box, self.size)
         if self.policy is None:
             return pixels, mirror
+        if pixels.dtype != torch.uint8 or pixels.shape[2] != 3:
+            found = f"{pixels.shape[2]} of {str(pixels.dtype).removeprefix('torch.')}"
+            raise UserError(
+                f"--aa, --color_jitter and --augment jitter need 3 channels of uint8, but an image has {found}: pass "
+                "--aa '' without --color_jitter, or another --augment"
+            )
         image = Image.fromarray(pixels.numpy())
         image = self.policy(ImageOps.mirror(image) if mirror else image)
         return torch.from_numpy(np.array(image)), False
@@ -175,7 +186,7 @@ def finetune_transform(
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """uint8 [3, H, W] -> ([h, w, 3], False): resize, centre crop; draws nothing."""
+    """[C, H, W] -> ([h, w, C], False): resize, centre crop; draws nothing."""
 
     size: tuple[int, int]
     resized: tuple[int, int]
@@ -210,13 +221,17 @@ def preprocessing(size: tuple[int, int], channels: int, args: dict) -> dict[str,
     """
     known = {"input_size": (channels, *size), "interpolation": "bicubic", "crop_mode": "center"}
     known["crop_pct"] = eval_crop_share(size)
-    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-        told = args.get(name)
-        if isinstance(told, list | tuple) and len(told) == channels and all(isinstance(v, int | float) for v in told):
-            known[name] = tuple(told)
-        elif channels == 3:
-            known[name] = default
-    return known
+    return known | statistics(channels, args)
+
+
+def statistics(channels: int, args: dict) -> dict[str, tuple[float, ...]]:
+    """Channels, and a checkpoint's options -> `mean` and `std`; {} where nobody tells them."""
+    told = {name: args.get(name) for name in ("mean", "std")}
+    fit = all(isinstance(values, list | tuple) and len(values) == channels for values in told.values())
+    if fit and all(isinstance(v, int | float) and math.isfinite(v) for v in (*told["mean"], *told["std"])):
+        if min(told["std"]) > 0:
+            return {name: tuple(map(float, values)) for name, values in told.items()}
+    return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD} if channels == 3 else {}
 
 
 def _sides(size: Size) -> tuple[int, int]:

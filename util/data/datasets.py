@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from util import rng
+from util.data.bands import RGB, Bands, WrongKind
 from util.data.decode import decode, pixel_limit
 from util.dist import Dist
 from util.errors import UserError, printable
@@ -81,8 +82,13 @@ class PackedFiles(Sequence):
         return os.path.join(self.folder, os.fsdecode(path)), int(self.labels[index])
 
 
+class BadImageError(UserError):
+    """A file that cannot be decoded."""
+
+
 class Images(Dataset):
-    """Images from a source: (uint8 [H, W, 3], to be mirrored, label). `transform`: see util/transforms.py.
+    """Images from a source: (pixels [H, W, C], to be mirrored, label). `transform`: see util/transforms.py;
+    `bands`, how files are read: util/data/bands.py.
 
     A source has a length, `read(index)` -> (an image file's bytes [n] uint8, its label or -1) and `name(index)`, for
     messages. PackedFiles is one; a list of (path, label) becomes one. Item (epoch, index) is augmented by (seed, epoch,
@@ -92,9 +98,9 @@ class Images(Dataset):
 
     classes: list[str] | None = None
 
-    def __init__(self, source, transform: Callable, seed: int = 0, skip_bad: bool = False) -> None:
+    def __init__(self, source, transform: Callable, seed: int = 0, skip_bad: bool = False, bands: Bands = RGB) -> None:
         self.source = PackedFiles(source) if isinstance(source, list) else source
-        self.transform, self.seed, self.skip_bad = transform, seed, skip_bad
+        self.transform, self.seed, self.skip_bad, self.bands = transform, seed, skip_bad, bands
         pixel_limit()  # a wrong one is told now
         # a flag a file, in memory that loader workers share with the trainer
         self.bad = torch.zeros(len(self.source), dtype=torch.uint8).share_memory_()
@@ -120,12 +126,14 @@ class Images(Dataset):
         for offset in range(len(self)):
             try:
                 data, label = self.source.read((index + offset) % len(self))
-                return decode(data), label
+                return decode(data) if self.bands.pixel_type == "rgb" else self.bands.read(data), label
             except UserError:
                 raise
+            except WrongKind as error:
+                raise UserError(f"{self.source.name((index + offset) % len(self))} has {error}") from error
             except Exception as error:  # decoders raise whatever they like
                 if not self.skip_bad:
-                    raise UserError(
+                    raise BadImageError(
                         f"cannot decode {self.source.name(index)} ({type(error).__name__}: {printable(error)[:300]}): "
                         "mend or remove it, or pass --skip_bad_images"
                     ) from error

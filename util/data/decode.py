@@ -6,6 +6,7 @@ bits. Pillow decodes the rest, and decides about damaged files.
 
 import functools
 import io
+import logging
 import math
 import os
 import re
@@ -25,6 +26,9 @@ from util.log import log
 warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
+# of TIFFs of many bands, which are read otherwise (util/data/bands.py), and of damage that is told anyway
+for _library in ("PIL.TiffImagePlugin", "tifffile"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())
 
 JPEG = b"\xff\xd8\xff"
 # whatever a file is called. Pillow opens others by running programs, or keeps no limits there
@@ -66,19 +70,27 @@ def decode(data: torch.Tensor) -> torch.Tensor:
     pixels than `pixel_limit()`, ValueError for values that have no rule and for what is hardly more than a line, which
     would take gigabytes once its shorter side is resized, and what Pillow raises for damaged files.
     """
-    pixels = _decode(data)
+    raw = data.numpy().tobytes()
+    if raw.startswith(JPEG):
+        frame = jpeg_frame(raw)
+        if frame and frame.components in (1, 3) and (pixels := _decode_jpeg(data)) is not None:
+            return check_sides(pixels)
+    return check_sides(torch.from_numpy(np.array(to_rgb(open_image(raw)))).permute(2, 0, 1))
+
+
+def check_sides(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels [C, H, W] as they are; ValueError for what is hardly more than a line."""
     height, width = pixels.shape[1:]
     if max(height, width) > 1000 * min(height, width):
         raise ValueError(f"{width} x {height} pixels: one side is over 1000 times the other")
     return pixels
 
 
-def _decode(data: torch.Tensor) -> torch.Tensor:
-    limit, raw = pixel_limit(), data.numpy().tobytes()
+def open_image(raw: bytes) -> Image.Image:
+    """An image file's content -> PIL image, not decoded yet. Raises as `decode`."""
+    limit = pixel_limit()
     if raw.startswith(JPEG):
-        frame = jpeg_frame(raw)
-        if frame and frame.components in (1, 3) and (pixels := _decode_jpeg(data)) is not None:
-            return pixels
+        jpeg_frame(raw)
     if raw[:2] in (b"P1", b"P2", b"P3"):  # in these a comment may stand anywhere, and Pillow takes minutes for many
         raw = re.sub(rb"#[^\r\n]*", b"", raw)
     try:
@@ -86,10 +98,10 @@ def _decode(data: torch.Tensor) -> torch.Tensor:
     except Image.UnidentifiedImageError as error:  # whose text holds an object's address
         raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise _too_many(re.search(r"\d+", str(error)).group()) from error
+        raise too_many(re.search(r"\d+", str(error)).group()) from error
     if image.format == "TIFF" and (tile := image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0)) > limit:
-        raise _too_many(f"tiles of {tile}")  # which are decoded whole, however small the image
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+        raise too_many(f"tiles of {tile}")  # which are decoded whole, however small the image
+    return image
 
 
 def pixel_limit() -> float:
@@ -110,7 +122,8 @@ def _obey_environment() -> None:
         Image.MAX_IMAGE_PIXELS = limit // 2  # Pillow takes twice as many, in all that it opens
 
 
-def _too_many(what: str) -> Image.DecompressionBombError:
+def too_many(what: str) -> Image.DecompressionBombError:
+    """The exception for an image of `what` pixels."""
     return Image.DecompressionBombError(
         f"{what} pixels, over the limit of {pixel_limit():.0f}: cut it into tiles, or raise the limit in the "
         "environment, such as MAE_MAX_PIXELS=1e9"
@@ -124,24 +137,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
     divided by 257, of 12 by 4095 / 255; float32 is in 0 to 1. Other values (signed, 32 bits, float beyond 0 to 1) raise
     ValueError with a remedy: what is black and white there, only who made the file knows.
     """
+    values = deep_grey(image)
+    if values is None:
+        return image.convert("LA").convert("RGB") if image.mode == "La" else image.convert("RGB")
+    top = 1 if image.mode == "F" else _top(image)
+    if top == 1 and not (values.min() >= 0 and values.max() <= 1):  # nor NaN
+        raise ValueError(f"mode F, float values from {values.min():g} to {values.max():g}: {_REMEDY}")
+    _tell(f"images of mode {image.mode}: values 0 to {top} become 0 to 255")
+    return Image.fromarray(np.rint(255 * values).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def deep_grey(image: Image.Image) -> np.ndarray | None:
+    """PIL image of mode F, or of grey of 12 or 16 bits -> values [H, W] float32, of these in 0..1; None for others.
+
+    Raises ValueError for values that have no rule: see `to_rgb`.
+    """
     mode, tags = image.mode, getattr(image, "tag_v2", {})  # TIFF's
     if 2 in np.atleast_1d(tags.get(339, 1)):
         raise ValueError(f"mode {mode} of signed values: {_REMEDY}")
     if mode.startswith("I;16") or (mode == "I" and image.format == "PPM"):
-        top = 4095 if tags.get(258) == (12,) else 65535
-        values = np.asarray(image).astype(np.float32) / top
+        values = np.asarray(image).astype(np.float32) / _top(image)
     elif mode == "F":
-        top, values = 1, np.asarray(image)
-        if not (values.min() >= 0 and values.max() <= 1):  # nor NaN
-            raise ValueError(f"mode F, float values from {values.min():g} to {values.max():g}: {_REMEDY}")
+        values = np.asarray(image)
     elif mode in ("I", "LAB"):
         raise ValueError(f"mode {mode}, {'CIE colours' if mode == 'LAB' else 'values of 32 bits or signed'}: {_REMEDY}")
     else:
-        return image.convert("LA").convert("RGB") if mode == "La" else image.convert("RGB")
-    _tell(f"images of mode {mode}: values 0 to {top} become 0 to 255")
-    if tags.get(262) == 0:  # 0 is white
-        values = 1 - values
-    return Image.fromarray(np.rint(255 * values).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return None
+    return 1 - values if tags.get(262) == 0 else values  # 0 is white
+
+
+def _top(image: Image.Image) -> int:
+    return 4095 if getattr(image, "tag_v2", {}).get(258) == (12,) else 65535
 
 
 @functools.cache  # once a process
@@ -200,7 +226,7 @@ def jpeg_frame(raw: bytes) -> Frame | None:
             precision, *sides = raw[place + 2 : place + 7]
             height, width = sides[0] << 8 | sides[1], sides[2] << 8 | sides[3]
             if height * width > pixel_limit():
-                raise _too_many(f"{width} x {height}")
+                raise too_many(f"{width} x {height}")
             frame = Frame(marker, precision, height, width, raw[place + 7], clean)
             content = np.frombuffer(raw, np.uint8)  # a tenth of the time of raw.count
             if np.count_nonzero((content[:-1] == 0xFF) & (content[1:] == 0xDA)) <= MAX_SCANS:

@@ -8,6 +8,7 @@ from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset, default_collate
 
 from util import rng
+from util.data.bands import check_eight_bits
 from util.data.datasets import Images
 from util.data.decode import JPEG, jpeg_frame
 from util.errors import UserError
@@ -51,6 +52,7 @@ class EncodedImages(Dataset):
             size = None
         if size is None:
             pixels, mirror, label = self.images[key]
+            check_eight_bits(None, "cuda" if pixels.dtype != torch.uint8 else "cpu", f"images of {pixels.dtype}")
             return pixels, None, mirror, label, key
         rng.seed_sample(self.images.seed, epoch, index)
         box, mirror = self.transform.draw(*size)

@@ -11,49 +11,58 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from util.errors import UserError, printable
 from util.log import log
 
-# those of torchvision's ImageFolder, which the original trains from: others would change its labels and counts
-ENDINGS = " ".join(IMG_EXTENSIONS)
+# IMG_EXTENSIONS: those of torchvision's ImageFolder, which the original trains from. Others by default would change its
+# labels and counts
 
 
-def list_images(root: str | Path) -> list[tuple[str, int]]:
+def list_images(root: str | Path, endings: tuple[str, ...] = IMG_EXTENSIONS) -> list[tuple[str, int]]:
     """Folder -> [(path, -1), ...]: all images below it, at any depth, in sorted order; no labels.
 
     Raises UserError where the folder is missing, holds no image, or a folder in it may not be read.
     """
-    listing = Listing()
+    listing = Listing(endings)
     files = [(path, -1) for path in listing.images(_existing_folder(root))]
     listing.report(root)
     if not files:
-        raise UserError(f"no images below {printable(root)}: images are files ending in {ENDINGS}")
+        raise UserError(f"no images below {printable(root)}: images are files ending in {_words(endings)}")
     return files
 
 
-def list_classes(root: str | Path) -> tuple[list[tuple[str, int]], list[str]]:
+def list_classes(
+    root: str | Path, endings: tuple[str, ...] = IMG_EXTENSIONS
+) -> tuple[list[tuple[str, int]], list[str]]:
     """Folder of class folders -> ([(path, label), ...], class names); labels count the sorted class names.
 
     Raises UserError where the folder is missing, has no class folder, one of them holds no image, or may not be read.
     """
-    listing = Listing()
+    listing = Listing(endings)
     found = listing.classes(_existing_folder(root))
     listing.report(root)
-    return _filled(root, *found)
+    return _filled(root, *found, endings)
 
 
-def _filled(root: str | Path, files: list[tuple[str, int]], classes: list[str]) -> tuple[list, list[str]]:
+def _words(endings: tuple[str, ...]) -> str:
+    return " ".join(endings) + ("" if ".npy" in endings else "; .npy with --in_chans")
+
+
+def _filled(
+    root: str | Path, files: list[tuple[str, int]], classes: list[str], endings: tuple[str, ...]
+) -> tuple[list, list[str]]:
     """The same, or UserError where there are no classes or some are empty."""
     if not classes:
         raise UserError(f"no class folders in {printable(root)}: expected {printable(root)}/<class>/<image>")
     empty = sorted(set(range(len(classes))) - {label for _, label in files})
     if empty:
         words = f"{len(empty)} class folders of {printable(root)} hold no image, such as {classes[empty[0]]!r}"
-        raise UserError(f"{words}: fill or remove them; images are files ending in {ENDINGS}")
+        raise UserError(f"{words}: fill or remove them; images are files ending in {_words(endings)}")
     return files, classes
 
 
 class Listing:
     """Lists images below folders, and remembers what is no image and what may not be read."""
 
-    def __init__(self) -> None:
+    def __init__(self, endings: tuple[str, ...] = IMG_EXTENSIONS) -> None:
+        self.endings = endings
         self.left_out: Counter[str] = Counter()
         self.unreadable: list[str] = []
 
@@ -97,7 +106,8 @@ class Listing:
             raise UserError(f"{len(self.unreadable)} folders cannot be read: {names}. Allow it, or remove them")
         if left_out := +self.left_out:
             counts = [f"{n:,} {what}" for what, n in left_out.most_common(12)] + ["..."] * (len(left_out) > 12)
-            log.info(f"left out below {printable(root)}: {', '.join(counts)}. Images are files ending in {ENDINGS}")
+            endings = " ".join(self.endings)
+            log.info(f"left out below {printable(root)}: {', '.join(counts)}. Images are files ending in {endings}")
 
     def _look_into(self, folder: str) -> tuple[list[os.DirEntry], tuple[int, int] | None]:
         """(What is in it and not hidden, sorted; which folder it really is)."""
@@ -122,7 +132,7 @@ class Listing:
 
     def _is_image(self, entry: os.DirEntry) -> bool:
         ending = os.path.splitext(entry.name)[1].lower()
-        if ending not in IMG_EXTENSIONS:
+        if ending not in self.endings:
             self.left_out[f"ending in {printable(ending)[:16]}" if ending else "without an ending"] += 1
             return False
         if entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
@@ -132,7 +142,7 @@ class Listing:
 
 
 def classification_files(
-    data_path: str | None, nb_classes: int, with_train: bool
+    data_path: str | None, nb_classes: int, with_train: bool, endings: tuple[str, ...] = IMG_EXTENSIONS
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Folder with train/ and val/ -> (train files, val files); train is empty without `with_train`.
 
@@ -141,10 +151,10 @@ def classification_files(
     if not data_path:
         raise UserError("--data_path is not given: name a folder with train/<class>/ and val/<class>/")
     splits = [Path(data_path) / name for name in ("val", "train")[: 1 + with_train]]
-    listing = Listing()
+    listing = Listing(endings)
     found = [listing.classes(_existing_folder(split)) for split in splits]
     listing.report(data_path)
-    (val_files, classes), *train = [_filled(split, *there) for split, there in zip(splits, found, strict=True)]
+    (val_files, classes), *train = [_filled(split, *there, endings) for split, there in zip(splits, found, strict=True)]
     train_files, train_classes = train[0] if train else ([], classes)
     if train_classes != classes:
         only_train, only_val = sorted(set(train_classes) - set(classes)), sorted(set(classes) - set(train_classes))

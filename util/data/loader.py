@@ -1,4 +1,4 @@
-"""From a dataset to batches on the device: loader workers send uint8, the device mirrors and normalises."""
+"""From a dataset to batches on the device: loader workers send pixels, the device mirrors and normalises."""
 
 import contextlib
 import functools
@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset
 
 from util import rng
 from util.cli import DataOptions
+from util.data import bands as channels
+from util.data.bands import RGB, TOP, Bands, collate
 from util.data.datasets import Images, TrainSampler, report_bad
 from util.data.decode import JPEG_DECODER
 from util.data.gpu_decode import EncodedImages, check_gpu_decode
@@ -22,29 +23,30 @@ from util.errors import UserError
 from util.log import log
 
 
-def normalise(pixels: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, H, W, 3] and [N] bool -> [N, 3, H, W] float32 with ImageNet's mean and deviation; some mirrored.
+def normalise(pixels: torch.Tensor, mirror: torch.Tensor, bands: Bands = RGB) -> torch.Tensor:
+    """Pixels [N, H, W, C] and [N] bool -> [N, C, H, W] float32, by the mean and deviation of `bands`; some mirrored.
 
-    In memory it stays [N, H, W, 3], of which patches are cheaper to take.
+    In memory it stays [N, H, W, C], of which patches are cheaper to take.
     """
-    n, height, width, _ = pixels.shape
-    pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels)
-    mean, std = (_row(values, width, pixels.device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    imgs = pixels.view(n, height, width * 3).float().div_(255).sub_(mean).div_(std)
-    return imgs.view(n, height, width, 3).permute(0, 3, 1, 2)
+    (n, height, width, n_channels), dtype = pixels.shape, pixels.dtype
+    pixels = pixels.view(torch.int16) if dtype == torch.uint16 else pixels  # not all devices can mirror it
+    pixels = torch.where(mirror[:, None, None, None], pixels.flip(2), pixels).view(dtype)
+    mean, std = (_row(values, width, pixels.device) for values in (bands.mean, bands.std))
+    imgs = pixels.view(n, height, width * n_channels).float().div_(TOP[dtype]).sub_(mean).div_(std)
+    return imgs.view(n, height, width, n_channels).permute(0, 3, 1, 2)
 
 
 @functools.cache  # a copy to the device in each step would make the host wait
 def _row(channels: tuple[float, ...], width: int, device: torch.device) -> torch.Tensor:
-    """[width * 3]: the channels' values for a row of pixels; broadcasting three values by themselves is slow."""
+    """[width * C]: the channels' values for a row of pixels; broadcasting three values by themselves is slow."""
     return torch.tensor(channels, device=device).repeat(width)
 
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # uint8 [N, H, W, 3], to be mirrored [N], labels [N]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pixels [N, H, W, C], to be mirrored [N], labels [N]
 
 
 class DeviceLoader:
-    """Iterates over (images [N, 3, H, W] normalised, labels [N]) on the device.
+    """Iterates over (images [N, C, H, W] normalised by `bands`, labels [N]) on the device.
 
     `loader` yields batches on the host, which `to_device` turns into a Batch on the device. On CUDA this happens on a
     stream of its own: the host runs ahead of the device, so while an earlier batch is computed with.
@@ -56,8 +58,9 @@ class DeviceLoader:
         device: torch.device,
         to_device: Callable[..., Batch] | None = None,
         n_batches: int | None = None,
+        bands: Bands = RGB,
     ) -> None:
-        self.loader, self.device = loader, device
+        self.loader, self.device, self.bands = loader, device, bands
         self.to_device = to_device or _copy_to
         self.n_batches = len(loader) if n_batches is None else n_batches
         self.copies = _copy_stream(device) if device.type == "cuda" else None
@@ -76,7 +79,7 @@ class DeviceLoader:
                 for part in batch:
                     part.record_stream(current)  # its memory is not reused before the step is done with it
             pixels, mirror, labels = batch
-            yield normalise(pixels, mirror), labels
+            yield normalise(pixels, mirror, self.bands), labels
 
 
 @functools.cache  # one for all loaders and passes: memory of a stream is not given to another
@@ -89,6 +92,11 @@ def _copy_to(batch: list[torch.Tensor], device: torch.device) -> Batch:
     return pixels, mirror, labels
 
 
+def _bands_of(dataset: Dataset | Stream) -> Bands:
+    """How its images, or those of the dataset that it is a subset of, are to be normalised."""
+    return getattr(getattr(dataset, "dataset", dataset), "bands", RGB)
+
+
 def train_loader(
     dataset: Images | Stream, sampler: TrainSampler, num_workers: int, pin_mem: bool, decode: str = "cpu",
     timeout_seconds: float = 0,
@@ -98,7 +106,7 @@ def train_loader(
     `decode`: cpu, or cuda to leave JPEGs to the GPU; UserError where the device or the recipe does not allow that.
     Workers that send nothing for `timeout_seconds` (0: any time) raise FailedError.
     """
-    device = sampler.env.device
+    device, bands = sampler.env.device, _bands_of(dataset)
     options = worker_options(num_workers, pin_mem, device, timeout_seconds)
     log.info(f"JPEGs are decoded by {JPEG_DECODER}, the first that is here of simplejpeg, torchvision and Pillow")
     if isinstance(dataset, Stream):
@@ -106,15 +114,15 @@ def train_loader(
             raise UserError(
                 "--decode cuda needs files, which this kind of --dataset keeps to itself: pass --decode cpu"
             )
-        return DeviceLoader(StreamBatches(dataset, sampler, options), device)
-    to_device, collate = None, default_collate
+        return DeviceLoader(StreamBatches(dataset, sampler, options), device, bands=bands)
+    to_device, to_batch = None, collate
     if decode == "cuda":
         check_gpu_decode(dataset.transform, device)
         dataset = EncodedImages(dataset)
-        to_device, collate = dataset.decode, dataset.collate
+        to_device, to_batch = dataset.decode, dataset.collate
         options["pin_memory"] = False  # nvJPEG reads ordinary memory
-    loader = open_loader(dataset, options, collate, batch_sampler=sampler, persistent_workers=num_workers > 0)
-    return DeviceLoader(loader, device, to_device)
+    loader = open_loader(dataset, options, to_batch, batch_sampler=sampler, persistent_workers=num_workers > 0)
+    return DeviceLoader(loader, device, to_device, bands=bands)
 
 
 def eval_loader(
@@ -124,14 +132,14 @@ def eval_loader(
     """Every image once, in order; with `sharded`, once over all ranks together (shares of files differ by one)."""
     options = worker_options(num_workers, pin_mem, env.device, timeout_seconds)
     if isinstance(dataset, Stream):
-        loader = open_loader(_Pass(dataset, 0, batch_size), options)
+        loader = open_loader(_Pass(dataset, 0, batch_size), options, collate)
         # a guess, for the progress: a stream need not tell its length, and shares are of whole shards
         n_batches = max(-(-len(dataset) // dataset.world_size // batch_size), 1)
-        return DeviceLoader(loader, env.device, n_batches=n_batches)
+        return DeviceLoader(loader, env.device, n_batches=n_batches, bands=_bands_of(dataset))
     indices = range(env.rank, len(dataset), env.world_size) if sharded else range(len(dataset))
     keep = num_workers > 0 and len(indices) > 0
-    loader = open_loader(dataset, options, sampler=indices, batch_size=batch_size, persistent_workers=keep)
-    return DeviceLoader(loader, env.device)
+    loader = open_loader(dataset, options, collate, sampler=indices, batch_size=batch_size, persistent_workers=keep)
+    return DeviceLoader(loader, env.device, bands=_bands_of(dataset))
 
 
 class Labelled(NamedTuple):
@@ -158,11 +166,13 @@ def open_labelled(
 
     `sharded`: the processes share the evaluation. Raises UserError, on all ranks, where the images do not fit.
     """
+    bands = channels.chosen(options, transforms[0])
     train_set, val_set = labelled_images(
         options.data_path, options.dataset, (options.train_split, options.val_split), transforms, nb_classes, env,
-        sharded, seed, options.skip_bad_images, options.val_path,
+        sharded, seed, options.skip_bad_images, options.val_path, bands.endings,
     )  # fmt: skip
     check_ranks_agree(env, {"images": [images and images.digest() for images in (train_set, val_set)]})
+    channels.settle(bands, env, options.decode, *filter(None, (train_set, val_set)))
     num_workers = available_workers(options.num_workers, env)
     workers = num_workers, options.pin_mem
     val_loader = eval_loader(val_set, batch_size, env, sharded, *workers, options.loader_timeout)
@@ -201,7 +211,7 @@ class StreamBatches:
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         epoch, first, n_batches = self.sampler.epoch, self.sampler.first, len(self.sampler)
         one_pass = _Pass(self.stream, epoch, self.sampler.batch_size, drop_last=True)
-        loader = open_loader(one_pass, self.options, generator=rng.stream_generator(self.sampler.seed, epoch))
+        loader = open_loader(one_pass, self.options, collate, generator=rng.stream_generator(self.sampler.seed, epoch))
         done = 0
         for done, batch in enumerate(itertools.islice(loader, n_batches), 1):
             if done > first or isinstance(batch, Exception):

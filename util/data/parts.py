@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from util.data.datasets import Images, PackedFiles
+from util.data.bands import RGB, Bands, collate
+from util.data.datasets import BadImageError, Images, PackedFiles
 from util.data.loader import DeviceLoader
 from util.data.robustness import SETS, Listed, wnids
 from util.data.workers import worker_options
@@ -145,7 +146,7 @@ def _real_labels(file: str, paths: list[str], place: dict[str, int]) -> torch.Te
 
 def parts_loader(
     parts: Sequence[Part], batch_size: int, env: Dist, skip_bad: bool, num_workers: int, pin_mem: bool,
-    timeout_seconds: float,
+    timeout_seconds: float, bands: Bands = RGB,
 ) -> tuple[DeviceLoader, list[int]]:  # fmt: skip
     """This process's batches of all parts, of (images, numbers within the part), and how many each part has.
 
@@ -153,27 +154,29 @@ def parts_loader(
     """
     batches = PartBatches(parts, batch_size, env.rank, env.world_size)
     options = worker_options(num_workers if len(batches) else 0, pin_mem, env.device, timeout_seconds)
-    loader = DataLoader(PartImages(parts, skip_bad), batch_sampler=batches, **options)
-    return DeviceLoader(loader, env.device), [batches.of(part) for part in range(len(parts))]
+    loader = DataLoader(PartImages(parts, skip_bad, bands), batch_sampler=batches, collate_fn=collate, **options)
+    return DeviceLoader(loader, env.device, bands=bands), [batches.of(part) for part in range(len(parts))]
 
 
 class PartImages(Dataset):
-    """All parts' images behind one another, for one loader. Item (part, i): (uint8 [H, W, 3], False, i).
+    """All parts' images behind one another, for one loader. Item (part, i): (pixels [H, W, C], False, i).
 
     A file that can't be decoded raises UserError with its name; with `skip_bad` it comes as black with -1 - i.
     """
 
-    def __init__(self, parts: Sequence[Part], skip_bad: bool) -> None:
-        self.images, self.skip_bad = [Images(part.files, part.transform) for part in parts], skip_bad
+    def __init__(self, parts: Sequence[Part], skip_bad: bool, bands: Bands = RGB) -> None:
+        self.images = [Images(part.files, part.transform, bands=bands) for part in parts]
+        self.skip_bad, self.bands = skip_bad, bands
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, bool, int]:
         part, i = key
         try:
             return *self.images[part][i][:2], i
-        except UserError:
+        except BadImageError:
             if not self.skip_bad:
                 raise
-        return torch.zeros(*self.images[part].transform.size, 3, dtype=torch.uint8), False, -1 - i
+        size = *self.images[part].transform.size, self.bands.in_chans
+        return torch.zeros(size, dtype=self.bands.dtype), False, -1 - i
 
 
 class PartBatches:

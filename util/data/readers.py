@@ -18,8 +18,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import rng
 from util.data import lists, transfer
+from util.data.bands import RGB, Bands
 from util.data.datasets import Images
-from util.data.decode import pixel_limit, to_rgb
+from util.data.decode import pixel_limit
 from util.data.listing import classification_files, list_images
 from util.dist import Dist
 from util.errors import UserError, printable
@@ -58,6 +59,7 @@ class Stream:
     """
 
     classes: list[str] | None = None
+    bands: Bands = RGB
 
     def __init__(
         self, open_reader: Callable[[int], Reader], transform: Callable, seed: int, training: bool,
@@ -80,7 +82,7 @@ class Stream:
         return f"{len(self)} images"
 
     def iterate(self, epoch: int) -> Iterator[tuple[torch.Tensor, bool, int]]:
-        """This process's (and this loader worker's) images: (uint8 [h, w, 3], to be mirrored, label)."""
+        """This process's (and this loader worker's) images: (pixels [h, w, C], to be mirrored, label)."""
         info = torch.utils.data.get_worker_info()
         worker, n_workers = (info.id, info.num_workers) if info else (0, 1)
         reader = self.open_reader(self.seed)
@@ -93,7 +95,7 @@ class Stream:
             check_label(label, self.nb_classes)
             rng.seed_sample(self.seed, epoch, (count * n_workers + worker) * self.world_size + self.rank)
             try:
-                pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+                pixels = self.bands.of_image(image)
             except ValueError as error:
                 raise UserError(f"image {count} of worker {worker} of the stream has {error}") from error
             yield *self.transform(pixels), int(label)
@@ -104,8 +106,9 @@ class Stream:
 
 
 def pretraining_images(
-    root: str | None, name: str, split: str, transform: Callable, env: Dist, seed: int, skip_bad: bool
-) -> Images | Stream:
+    root: str | None, name: str, split: str, transform: Callable, env: Dist, seed: int, skip_bad: bool,
+    endings: tuple[str, ...] = IMG_EXTENSIONS,
+) -> Images | Stream:  # fmt: skip
     """All images of `root`/train, below `root` or of the list `root`; with `name`, those of `split` of a dataset.
 
     Labels don't matter. Raises UserError where there are no images.
@@ -123,12 +126,13 @@ def pretraining_images(
     if not os.path.lexists(folder):  # a link that leads nowhere is an error, not val/ as well
         folder = Path(root)
     log.info(f"training on the images below {printable(folder)}")
-    return Images(list_images(folder), transform, seed, skip_bad)
+    return Images(list_images(folder, endings), transform, seed, skip_bad)
 
 
 def labelled_images(
     root: str | None, name: str, splits: tuple[str, str], transforms: tuple[Callable | None, Callable],
     nb_classes: int, env: Dist, sharded: bool, seed: int, skip_bad: bool, val_path: str | None = None,
+    endings: tuple[str, ...] = IMG_EXTENSIONS,
 ) -> tuple[Images | Stream | None, Images | Stream]:  # fmt: skip
     """(To train on, to validate): `root`/train and val, the lists `root` and `val_path`, or two `splits` of `name`.
 
@@ -146,7 +150,7 @@ def labelled_images(
         elif val_path or lists.is_list(root):
             files = lists.labelled(root, val_path, nb_classes, with_train, skip_bad)
         else:
-            files = _labelled_folders(root, nb_classes, with_train)
+            files = _labelled_folders(root, nb_classes, with_train, endings)
         train_files, val_files, classes = files
         train_set = Images(train_files, train_transform, seed, skip_bad) if with_train else None
         val_set = Images(val_files, val_transform, seed, skip_bad)
@@ -160,9 +164,11 @@ def labelled_images(
     return _open(name, root, splits[0], train_transform, env, training=True, **options), val_set
 
 
-def _labelled_folders(root: str | None, nb_classes: int, with_train: bool) -> tuple[list, list, list[str]]:
+def _labelled_folders(
+    root: str | None, nb_classes: int, with_train: bool, endings: tuple[str, ...]
+) -> tuple[list, list, list[str]]:
     """Folder with train/ and val/ -> (files to train on; to validate on; class names in label order)."""
-    train_files, val_files = classification_files(root, nb_classes, with_train)
+    train_files, val_files = classification_files(root, nb_classes, with_train, endings)
     folder = Path(root) / "val"
     names = {label: Path(path).relative_to(folder).parts[0] for path, label in val_files}
     return train_files, val_files, [names[label] for label in sorted(names)]

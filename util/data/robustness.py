@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm.data import ImageNetInfo
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import cli
 from util.data.datasets import PackedFiles
@@ -111,7 +112,9 @@ def _option(name: str) -> str:
     return f"--{name.replace('-', '_')}"
 
 
-def list_sets(folders: dict[str, str], own: Sequence[tuple[str, str]] = ()) -> list[Listed]:
+def list_sets(
+    folders: dict[str, str], own: Sequence[tuple[str, str]] = (), endings: tuple[str, ...] = IMG_EXTENSIONS
+) -> list[Listed]:
     """Folders of the published sets by name, and (name, folder) of others -> what lies there, in the table's order.
 
     Raises UserError where a folder is no layout of its set.
@@ -124,13 +127,20 @@ def list_sets(folders: dict[str, str], own: Sequence[tuple[str, str]] = ()) -> l
         if name == "imagenet" and os.path.isdir(Path(folder) / "val"):
             folder = os.path.join(folder, "val")
         listed += _corruptions(option, folder) if name == "imagenet-c" else [_list(name, option, folder)]
-    return listed + [_list(name, f"--set {name}", folder) for name, folder in own]
+    return listed + [_list(name, f"--set {name}", folder, endings=endings) for name, folder in own]
 
 
-def _list(name: str, option: str, folder: str | Path, corruption: str = "", strength: int = 0) -> Listed:
+def _list(
+    name: str,
+    option: str,
+    folder: str | Path,
+    corruption: str = "",
+    strength: int = 0,
+    endings: tuple[str, ...] = IMG_EXTENSIONS,
+) -> Listed:
     _check_folder(option, folder)
     try:
-        files, names = list_classes(folder)
+        files, names = list_classes(folder, endings)
     except UserError as error:
         raise UserError(f"{option}: {error.message}{_archives(folder)}") from error
     return Listed(name, option, str(folder), PackedFiles(files), names, corruption, strength)

@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
 from models_mae import kept_patches
+from util.data.bands import RGB, Bands
 from util.data.decode import to_rgb
 from util.data.loader import normalise
 from util.errors import UserError, printable
@@ -66,13 +67,16 @@ def reconstruct(
 
     A model of normalised pixels predicts each patch up to its mean and deviation. `statistics` says where these come
     from: "neighbours" (see `neighbour_statistics`) or "answer", the true patches. Other models don't need it.
-    `colours`: mean, std and bands of `to_pixels`. Raises UserError where the images' channels are not the model's.
+    `colours`: mean, std and bands of `to_pixels` (default: the checkpoint's mean and std, the first three). Raises
+    UserError where the images' channels are not the model's.
     """
     if statistics not in STATISTICS:
         raise UserError(f"statistics {statistics!r} is not known: use one of {', '.join(STATISTICS)}")
     channels = model.patch_embed.proj.in_channels
     if imgs.shape[1] != channels:
         raise UserError(f"images of {imgs.shape[1]} channels, but the model takes {channels}: build it with in_chans")
+    if "mean" not in colours and "std" not in colours:
+        colours |= picture_range(*(getattr(model, "bands", {}).get(name) for name in ("mean", "std")))
     was_training = model.training
     model.eval()
     loss, pred, mask = model(imgs, mask_ratio, *(() if noise is None else (noise,)))
@@ -117,6 +121,21 @@ def to_pixels(
         return imgs.new_tensor(default if values is None else values)[bands].view(1, 3, 1, 1)
 
     return (imgs[:, bands] * of_bands(std, IMAGENET_DEFAULT_STD) + of_bands(mean, IMAGENET_DEFAULT_MEAN)).clamp(0, 1)
+
+
+def picture_range(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, list[float] | None]:
+    """What images were normalised by -> mean and std for `to_pixels`: the same, so that 0 is black and 1 is white, but
+    for bands whose values fill another range, as of dim uint16 or of float32: there mean - 2 std is black, mean + 2 std
+    white.
+    """
+    if mean is None or std is None:
+        return {"mean": mean, "std": std}
+    ranges = [(m - 2 * s, m + 2 * s) for m, s in zip(mean, std, strict=True)]
+    fits = [low >= -0.5 and 0.25 <= high <= 1.5 for low, high in ranges]
+    return {
+        "mean": [m if fit else 0.5 for m, fit in zip(mean, fits, strict=True)],
+        "std": [s if fit else 0.25 for s, fit in zip(std, fits, strict=True)],
+    }
 
 
 def neighbour_statistics(
@@ -241,20 +260,33 @@ def _fit(titles: list[str], width: int) -> tuple[list[str], ImageFont.FreeTypeFo
     return wrapped, font, width
 
 
-def from_images(images: list[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-    """PIL images of any kind and size -> normalised [N, 3, H, W]: turned as their EXIF says, cropped in the middle to
+def from_images(images: list[Image.Image], size: tuple[int, int], bands: Bands = RGB) -> torch.Tensor:
+    """PIL images of any kind and size -> normalised [N, C, H, W]: turned as their EXIF says, cropped in the middle to
     the shape of `size` (H, W), resized. Values become pixels as in training (see `to_rgb`); UserError where they can't.
+
+    `bands`: see util/data/bands.py; `bands.of_model` of a model from a checkpoint. Pictures are RGB of 8 bits where
+    that has 3 channels, grey of 8 bits for 1; RGBA is for 4.
     """
     fitted = []
     for i, image in enumerate(images):
         try:
-            rgb = to_rgb(image)
+            rgb = to_rgb(image) if bands.in_chans == 3 else _as_picture(image, bands.in_chans)
         except ValueError as error:
             raise UserError(f"image {i} ({printable(getattr(image, 'filename', '')) or 'unnamed'}): {error}") from error
         rgb.getexif()[Base.Orientation] = image.getexif().get(Base.Orientation, 1)  # TIFF's would be lost
         fitted.append(ImageOps.fit(ImageOps.exif_transpose(rgb), size[::-1], Image.Resampling.BICUBIC))
-    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in fitted])
-    return normalise(pixels, torch.zeros(len(fitted), dtype=torch.bool))
+    pixels = torch.stack([torch.from_numpy(np.array(image)).view(*size, -1) for image in fitted])
+    return normalise(pixels, torch.zeros(len(fitted), dtype=torch.bool), bands)
+
+
+def _as_picture(image: Image.Image, channels: int) -> Image.Image:
+    if channels == 1:
+        return to_rgb(image).convert("L")
+    if channels == 4 and image.mode == "RGBA":
+        return image.copy()
+    raise ValueError(
+        f"a picture of mode {image.mode}, but the model takes {channels} channels: give it normalised images"
+    )
 
 
 def heat(picture: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

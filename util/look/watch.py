@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from models_mae import MaskedAutoencoderViT
+from util.data.bands import RGB, collate
 from util.data.datasets import Images
 from util.data.listing import list_classes, list_images
 from util.data.loader import DeviceLoader, eval_loader, normalise
@@ -19,7 +20,7 @@ from util.dist import Dist, gather, gather_on_all
 from util.errors import UserError
 from util.log import log
 from util.look.features import knn_accuracy, mean_features
-from util.look.visualize import reconstruct, sheet, strategy_noise
+from util.look.visualize import picture_range, reconstruct, sheet, strategy_noise
 from util.run.run_log import RunLog
 from util.step import autocast_dtype
 from util.transforms import Size, eval_transform
@@ -49,7 +50,7 @@ class Watch:
         self.picture_every, self.knn_every = picture_every, knn_every
         if knn_every and not folder:
             raise UserError("--knn_every needs class folders below --data_path, not --dataset: leave it out")
-        self.knn_files = _labelled_files(Path(folder), env.world_size) if knn_every else None
+        self.knn_files = _labelled_files(Path(folder), env.world_size, dataset.bands.endings) if knn_every else None
         self.pictured = None if isinstance(dataset, Stream) else self._pictured(folder)
         self.mean_image_loss: float | None = None
         self.losses: list[float] = []
@@ -60,7 +61,8 @@ class Watch:
         images = _view(self.dataset, eval_transform(self.size))
         if folder:
             with contextlib.suppress(UserError):  # no such folder, or an empty one
-                images = Images(list_images(Path(folder) / "val"), eval_transform(self.size), skip_bad=True)
+                files = list_images(Path(folder) / "val", self.dataset.bands.endings)
+                images = Images(files, eval_transform(self.size), skip_bad=True, bands=self.dataset.bands)
         return Subset(images, _evenly(range(len(images)), N_PICTURES))
 
     def after_epoch(self, epoch: int, model: MaskedAutoencoderViT, loss: float, run_log: RunLog) -> dict[str, float]:
@@ -98,14 +100,15 @@ class Watch:
     def _draw(self, model: MaskedAutoencoderViT) -> Image.Image:
         imgs = torch.cat([imgs for imgs, _ in self._batches(self.pictured, sharded=False)])
         noise = strategy_noise(model, len(imgs), self.mask_ratio, seed=0).to(imgs.device)
-        return sheet(reconstruct(model, imgs, self.mask_ratio, noise), across=2)
+        colours = picture_range(self.dataset.bands.mean, self.dataset.bands.std)
+        return sheet(reconstruct(model, imgs, self.mask_ratio, noise, **colours), across=2)
 
     def _batches(self, images: Dataset, sharded: bool) -> DeviceLoader:
         return eval_loader(images, 64, self.env, sharded, min(self.num_workers, len(images) // 64), pin_mem=True)
 
     def _features(self, model: MaskedAutoencoderViT, files: Files) -> tuple[torch.Tensor, torch.Tensor]:
         """Of this rank's share: (features [n, D], labels [n])."""
-        images = Images(files, eval_transform(self.size), skip_bad=True)
+        images = Images(files, eval_transform(self.size), skip_bad=True, bands=self.dataset.bands)
         with torch.autocast(self.env.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             features, labels = mean_features(model, self._batches(images, sharded=True))
         return features.to(self.env.device), labels.to(self.env.device)
@@ -151,12 +154,12 @@ class Watch:
 
     def _training_images(self) -> torch.Tensor:
         images = _view(self.dataset, self.dataset.transform)
-        pixels, mirror, _ = zip(*(images[0, i] for i in _evenly(range(len(images)), N_MEAN)), strict=True)
-        return normalise(torch.stack(pixels), torch.tensor(mirror)).to(self.env.device)
+        pixels, mirror, _ = collate([images[0, i] for i in _evenly(range(len(images)), N_MEAN)])
+        return normalise(pixels, mirror, self.dataset.bands).to(self.env.device)
 
 
 def mean_image_loss(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> float:
-    """Normalised images [n, 3, H, W] -> the model's own loss, were the mean target of the others predicted for each;
+    """Normalised images [n, C, H, W] -> the model's own loss, were the mean target of the others predicted for each;
     NaN, which compares with nothing, for fewer than two images and for a target of ids, which have no mean.
 
     For the mean squared error no prediction that is the same for every image does better. With norm_pix_loss it is near
@@ -169,11 +172,11 @@ def mean_image_loss(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> float:
     return model.forward_loss(imgs, mean_of_others, torch.ones(target.shape[:2], device=imgs.device)).item()
 
 
-def _labelled_files(root: Path, world_size: int) -> tuple[Files, Files]:
+def _labelled_files(root: Path, world_size: int, endings: tuple[str, ...] = RGB.endings) -> tuple[Files, Files]:
     if not ((root / "train").is_dir() and (root / "val").is_dir()):
         raise UserError(f"--knn_every needs class folders, {root}/train/<class>/ and {root}/val/<class>/: leave it out")
-    train, classes = list_classes(root / "train")
-    val, val_classes = list_classes(root / "val")
+    train, classes = list_classes(root / "train", endings)
+    val, val_classes = list_classes(root / "val", endings)
     if classes != val_classes:
         raise UserError(f"--knn_every: train and val of {root} have different class folders, so that no label agrees")
     if min(len(train), len(val)) < world_size:

@@ -14,6 +14,7 @@ from util.log import log
 from util.run.files import checkpoints
 from util.run.progress import Part
 from util.run.training_state import check_training_state, shown
+from util.transforms import statistics
 from util.weights import checkpoint
 from util.weights.untrusted import options_of
 
@@ -126,6 +127,20 @@ def will_resume(env: Dist, args: argparse.Namespace) -> bool:
     if args.resume != "auto":
         return bool(args.resume)
     return on_main(env, lambda: bool(args.output_dir and checkpoints(args.output_dir)))
+
+
+def take_statistics(env: Dist, args: argparse.Namespace) -> None:
+    """--mean and --std of a run that goes on and would measure them: its checkpoint's, whatever the images are now."""
+    kind = getattr(args, "in_chans", 3), getattr(args, "pixel_type", None)  # main_evaluate.py has none
+    if kind in ((3, None), (3, "rgb")) or args.mean is not None or args.std is not None or not will_resume(env, args):
+        return
+
+    def saved() -> dict:
+        path = newest(args.output_dir) if args.resume == "auto" else args.resume
+        return statistics(args.in_chans, options_of(checkpoint.load(path)))
+
+    found = on_main(env, saved)
+    args.mean, args.std = (list(found[name]) if name in found else None for name in ("mean", "std"))
 
 
 def _check_size(path: str | Path, saved: dict, args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import models_vit
 from util import masks, targets
 from util.errors import UserError, shown
 from util.log import log
+from util.transforms import statistics
 from util.weights import checkpoint, convert, download, untrusted
 from util.weights.checkpoint import is_decoder
 
@@ -61,8 +62,8 @@ def find(source: str | Path) -> str:
 
 
 def told_by(state: dict, source: str | Path) -> dict[str, object]:
-    """A loaded checkpoint and its name -> what is known of `model`, `input_size`, `norm_pix_loss`, `in_chans`, and of a
-    classifier `nb_classes` and `global_pool`.
+    """A loaded checkpoint and its name -> what is known of `model`, `input_size`, `norm_pix_loss`, `in_chans`,
+    `pixel_type`, `mean` and `std`, and of a classifier `nb_classes` and `global_pool`.
 
     Training checkpoints tell by their arguments, released files by their name, all by their weights' shapes, of which
     `state["model"]` must be under our names. Raises UserError where arguments and weights contradict one another.
@@ -85,10 +86,16 @@ def told_by(state: dict, source: str | Path) -> dict[str, object]:
     if is_classifier:
         told |= {"nb_classes": checkpoint.n_classes(weights), "global_pool": "fc_norm.weight" in weights}
     if size:
-        told["in_chans"] = weights["patch_embed.proj.weight"].shape[1]
+        told |= _channels(weights["patch_embed.proj.weight"].shape[1], args)
     if size and (img_size := _image_size(weights, args, size[2], source)):
         told["input_size"] = img_size
     return told
+
+
+def _channels(in_chans: int, args: dict) -> dict[str, object]:
+    known, kind = statistics(in_chans, args), args.get("pixel_type")
+    kind = kind if kind in ("stored", "uint8", "uint16", "float32") else "rgb" if in_chans == 3 else "stored"
+    return {"in_chans": in_chans, "pixel_type": kind, **known}
 
 
 def _image_size(
@@ -130,7 +137,7 @@ def take_options(args: argparse.Namespace, parser: argparse.ArgumentParser, prob
     if probe and "head.weight" in weights:
         raise UserError(f"{args.resume} holds {holds} and no linear probe: evaluate it by main_finetune.py --eval")
     taken, right, wrong = [], [], []
-    for name in ("model", "input_size", "nb_classes", "global_pool"):
+    for name in ("model", "input_size", "nb_classes", "global_pool", "in_chans"):
         ours, theirs = getattr(args, name), told.get(name)
         if theirs is None or _sides(ours) == _sides(theirs):
             continue
@@ -140,6 +147,16 @@ def take_options(args: argparse.Namespace, parser: argparse.ArgumentParser, prob
             right.append(_as_option(name, theirs))
             wrong.append(_as_option(name, ours))
         setattr(args, name, theirs)
+    args.pixel_type = told.get("pixel_type", args.pixel_type)
+    for name in ("mean", "std"):
+        ours, theirs = getattr(args, name), told.get(name)
+        if ours is None and theirs is None:
+            raise UserError(f"{args.resume} does not tell mean and std of its {args.in_chans} channels: give --mean "
+                            "and --std")  # fmt: skip
+        if ours is not None and theirs is not None and list(ours) != list(theirs):
+            right.append(_as_option(name, theirs))
+            wrong.append(_as_option(name, ours))
+        setattr(args, name, list(ours or theirs))
     if wrong:
         raise UserError(f"{args.resume} holds {holds}, so it takes {' '.join(right)}: leave out {' '.join(wrong)}")
     if taken:
@@ -217,9 +234,12 @@ def open_named(
     decoder = _decoder(network) if encoder_only else {}
     network.load_state_dict({**decoder, **weights})
     network.classes = None if is_mae else state.get("classes")  # names, as the file has them: main_evaluate.py judges
+    if "in_chans" in known:  # what util/data/bands.py makes images with
+        network.bands = {"mean": None, "std": None} | {name: known[name] for name in _BANDS if name in known}
     return name, network.eval()
 
 
+_BANDS = ("in_chans", "pixel_type", "mean", "std")
 # what a builder makes that does not say otherwise
 _DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16, "encoder_mask_tokens": False}
 

@@ -15,7 +15,7 @@ import models_vit
 from util.errors import UserError, shown
 from util.log import log
 from util.pos_embed import interpolate_pos_embed
-from util.weights import convert, download, hub, untrusted
+from util.weights import channels, convert, download, hub, untrusted
 from util.weights.download import RELEASES
 
 AVERAGE = "#model_ema"  # behind a path or URL: the average of the weights (--model_ema) in the place of the weights
@@ -109,6 +109,7 @@ def check_fit(
     )
     if not missing and not foreign and not other_shape:
         return state_dict
+    channels.check(own, state_dict, name)
     holds = state_dict if whole is None else whole
     _refuse_other_parts(foreign, name)
     hint = "Check --model, --input_size, --nb_classes and --global_pool / --cls_token"
@@ -171,6 +172,7 @@ def load_pretrained(path_or_url: str | Path, model: nn.Module) -> None:
         if is_decoder(name) or unused_norm:
             del state_dict[name]
     _refuse_other_parts(sorted(state_dict.keys() - own.keys()), path_or_url)
+    state_dict = channels.adapted(own, state_dict, path_or_url)
     placed = with_positions(model, state_dict, path_or_url, untrusted.options_of(state).get("input_size"))
     if placed.get("pos_embed") is not state_dict.get("pos_embed"):
         here = int(model.patch_embed.num_patches)
@@ -191,6 +193,9 @@ def load_init(path_or_url: str | Path, model: nn.Module) -> None:
     anything else does not fit.
     """
     weights, own = _named_as(model, load(path_or_url)["model"], path_or_url), model.state_dict()
+    encoder = channels.adapted(own, weights, path_or_url)
+    if encoder is not weights:  # a decoder of other pixels
+        weights = {name: tensor for name, tensor in encoder.items() if not is_decoder(name)}
     full = is_masked_autoencoder(weights)
     # components of the target are fitted to the new images, where the file has none
     new = {key: own[key] for key in own if (key.startswith("decoder_target.") if full else is_decoder(key))}
