@@ -1,0 +1,543 @@
+"""Images of any number of channels, of uint8, uint16 and float32: reading, normalising, and all scripts over them."""
+
+import builtins
+import contextlib
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from helpers import ON_CPU, load, project_log, write_image, write_image_folder
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_evaluate
+import main_finetune
+import main_linprobe
+import main_pretrain
+import models_mae
+import models_vit
+from util import export, rng
+from util.data import bands
+from util.data.bands import RGB, Bands
+from util.data.datasets import Images
+from util.data.listing import list_images
+from util.data.loader import normalise
+from util.data.readers import pretraining_images
+from util.dist import Dist
+from util.errors import UserError
+from util.look.visualize import from_images, picture_range, reconstruct, to_pixels
+from util.transforms import crop_and_resize, eval_transform, finetune_transform, pretrain_transform
+from util.weights import build, checkpoint
+
+TOP = {"uint8": 255, "uint16": 65535, "float32": 1}
+CHANNELS, TYPES = (1, 3, 4, 13), tuple(TOP)
+SMALL = ("--input_size", 32, "--batch_size", 4, "--num_workers", 0, "--warmup_epochs", 0, "--epochs", 1, *ON_CPU)
+MAINS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
+
+
+def values(key: int, channels: int, kind: str, size: tuple[int, int] = (20, 24)) -> np.ndarray:
+    """Random [H, W, C] over the whole range of the type; floats are 0 to 1."""
+    return (np.random.default_rng(key).random((*size, channels)) * TOP[kind]).astype(kind)
+
+
+def write_values(root, channels, kind, ending):
+    """train/ and val/ with classes a and b; returns all training values in units of 0..1, [n, C]."""
+    everything = []
+    for key, (split, name, i) in enumerate((s, n, i) for s in ("train", "val") for n in "ab" for i in range(3)):
+        image = values(key, channels, kind)
+        path = root / split / name / f"{i}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if ending == "npy":
+            np.save(path, image if i else image.transpose(2, 0, 1))
+        else:
+            tifffile.imwrite(path, image[:, :, 0] if channels == 1 else image)
+        if split == "train":
+            everything.append(image.reshape(-1, channels).astype(np.float64) / TOP[kind])
+    return np.concatenate(everything)
+
+
+def start(name, data, *args, channels=None, output=""):
+    """main() of a script in this process; what it says."""
+    words = ["--data_path", data, *SMALL, "--output_dir", output, "--log_dir", output]
+    words += ["--in_chans", channels] if channels else []
+    words += ["--model", "mae_vit_tiny_patch4"] if name == "pretrain" else ["--model", "vit_tiny_patch4"]
+    words += [] if name == "pretrain" else ["--nb_classes", 2]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        MAINS[name].main(MAINS[name].get_args_parser().parse_args([str(word) for word in (*words, *args)]))
+    return said.getvalue()
+
+
+def reader(channels: int) -> Bands:
+    return Bands(channels, None, None, "stored")
+
+
+def read(raw: bytes, channels: int) -> np.ndarray:
+    """A file's bytes -> [H, W, C]."""
+    pixels = reader(channels).read(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def tiff(array: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, **options)
+    return file.getvalue()
+
+
+def stored(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+# from data to results, through all scripts
+
+
+@pytest.fixture(scope="module")
+def thirteen(tmp_path_factory):
+    """13 channels of uint16, pretrained for an epoch: data, folder of the run, its checkpoint."""
+    root = tmp_path_factory.mktemp("thirteen")
+    write_values(root / "data", 13, "uint16", "tif")
+    start("pretrain", root / "data", "--picture_every", 1, channels=13, output=root / "run")
+    return SimpleNamespace(data=root / "data", run=root / "run", last=root / "run" / "checkpoint-0.pth")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_all_scripts_take_any_channels_of_any_type(channels, kind, tmp_path):
+    data = tmp_path / "data"
+    everything = write_values(data, channels, kind, "npy" if channels == 3 and kind == "uint16" else "tif")
+    said = start("pretrain", data, "--picture_every", 1, "--knn_every", 1, channels=channels, output=tmp_path / "p")
+    assert "from here on" not in said and "k-NN Acc@1" in said
+    events = EventAccumulator(str(tmp_path / "p"), size_guidance={"images": 0}).Reload()
+    assert events.Tags()["images"] == ["reconstructions"]
+    args = load(tmp_path / "p" / "checkpoint-0.pth")["args"]
+    mean, std = (
+        (RGB.mean, RGB.std) if (channels, kind) == (3, "uint8") else (everything.mean(axis=0), everything.std(axis=0))
+    )
+    assert type(args["mean"]) is list and args["pixel_type"] == kind and args["in_chans"] == channels
+    np.testing.assert_allclose(args["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(args["std"], std, rtol=1e-6)
+
+    pretrained = ("--finetune", tmp_path / "p" / "checkpoint-0.pth")
+    start("finetune", data, "--aa", "", *pretrained, channels=channels, output=tmp_path / "f")
+    start("linprobe", data, *pretrained, channels=channels, output=tmp_path / "l")
+    for name, folder in (("finetune", "f"), ("linprobe", "l")):
+        last = tmp_path / folder / "checkpoint-0.pth"
+        assert load(last)["args"]["mean"] == args["mean"]
+        said = start(name, data, "--eval", "--resume", last)  # not told again
+        trained = json.loads((tmp_path / folder / "log.txt").read_text())
+        assert f"loss {trained['test_loss']:.3f}" in said
+    words = ["--resume", last, "--set", f"own={data / 'val'}", "--output_dir", tmp_path / "e", "--num_workers", 0]
+    main_evaluate.main(main_evaluate.get_args_parser().parse_args([str(word) for word in (*words, *ON_CPU)]))
+    found = json.loads((tmp_path / "e" / "results.json").read_text())["sets"]["own"]
+    assert found["images"] == 6 and found["loss"] == pytest.approx(trained["test_loss"], rel=1e-4)
+
+
+def test_a_run_goes_on_with_its_own_mean_and_std_whatever_the_images_are_now(thirteen, tmp_path):
+    before = load(thirteen.last)["args"]
+    write_values(tmp_path / "other", 13, "uint16", "npy")
+    dim = tmp_path / "other" / "train" / "a" / "0.npy"
+    np.save(dim, np.load(dim) // 100)
+    for data in (thirteen.data, tmp_path / "other"):
+        start("pretrain", data, "--resume", thirteen.last, "--epochs", 2, channels=13, output=tmp_path / data.name)
+        after = load(tmp_path / data.name / "checkpoint-1.pth")["args"]
+        assert (after["mean"], after["std"]) == (before["mean"], before["std"])
+    write_values(tmp_path / "four", 4, "uint16", "npy")
+    with pytest.raises(UserError, match="takes images of 13 channels, the model here of 4: pass --in_chans 13"):
+        start("pretrain", tmp_path / "four", "--resume", thirteen.last, channels=4)
+
+
+def test_exports_tell_how_images_are_prepared(thirteen, tmp_path):
+    args = load(thirteen.last)["args"]
+    source = str(thirteen.last)
+    _, line = export.export(source, "timm", output=tmp_path / "x.timm.safetensors")
+    assert "in_chans=13" in line and repr(tuple(args["mean"])) in line and repr(tuple(args["std"])) in line
+    folder, _ = export.export(source, "hf", output=tmp_path / "x-hf")
+    written = json.loads((folder / "preprocessor_config.json").read_text())
+    assert written["rescale_factor"] == 1 / 65535 and written["image_mean"] == args["mean"]
+    path, _ = export.export(source, "safetensors", part="full", output=tmp_path / "x.safetensors")
+    assert bands.of_model(build.open_model(path)) == bands.of_model(build.open_model(source))
+    assert bands.of_model(build.open_model(source)) == Bands(13, tuple(args["mean"]), tuple(args["std"]), "uint16")
+
+
+def test_pictures_show_the_first_three_bands_as_the_checkpoint_normalises(thirteen):
+    model = build.open_model(thirteen.last)
+    image = torch.from_numpy(values(3, 13, "uint16", (32, 32)))[None]
+    imgs = normalise(image, torch.tensor([False]), bands.of_model(model))
+    shown = reconstruct(model, imgs).original[0].permute(1, 2, 0)
+    np.testing.assert_allclose(shown, image[0, :, :, :3].numpy() / 65535, atol=1e-5)
+    with pytest.raises(UserError, match="13 channels"):
+        from_images([Image.new("RGB", (40, 40))], (32, 32), bands.of_model(model))
+
+
+def test_a_dim_band_is_stretched_and_one_channel_is_grey():
+    mean, std = (0.02, 0.5, 12.0), (0.01, 0.1, 4.0)
+    imgs = torch.tensor([-2.0, 0.0, 2.0]).view(3, 1, 1, 1).expand(-1, 3, 1, 1)
+    shown = to_pixels(imgs, **picture_range(mean, std))[:, :, 0, 0]
+    assert torch.allclose(shown, torch.tensor([[0.0, 0.3, 0.0], [0.5, 0.5, 0.5], [1.0, 0.7, 1.0]]))
+    assert torch.allclose(to_pixels(imgs[:, :1], [0.5], [0.1])[:, :, 0, 0], torch.tensor([[0.3], [0.5], [0.7]]))
+    grey = from_images([Image.new("RGB", (40, 40), (10, 200, 90))], (32, 32), Bands(1, (0.0,), (1.0,), "uint8"))
+    assert grey.shape == (1, 1, 32, 32) and grey[0, 0, 0, 0] * 255 == pytest.approx(131, abs=0.6)
+
+
+def test_without_in_chans_nothing_changes(tmp_path):
+    write_image_folder(tmp_path, 3, 1, ("a", "b"))
+    np.save(tmp_path / "train" / "a" / "depth.npy", np.zeros((4, 4)))
+    said = start("pretrain", tmp_path, output=tmp_path / "out")
+    assert "1 ending in .npy" in said and "6 training images" in said
+    args = load(tmp_path / "out" / "checkpoint-0.pth")["args"]
+    assert (args["in_chans"], args["pixel_type"]) == (3, "rgb")
+    assert (args["mean"], args["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+# reading
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("channels", (1, 2, 3, 4, 13))
+def test_values_come_as_they_are_stored(channels, kind):
+    image = values(channels, channels, kind)
+    planes = image.transpose(2, 0, 1)
+    files = {
+        "[H, W, C]": npy(image), "[C, H, W]": npy(planes), "Fortran": npy(np.asfortranarray(image)),
+        "big-endian": npy(image.astype(image.dtype.newbyteorder(">"))), "pages": tiff(planes, photometric="minisblack"),
+    }  # fmt: skip
+    if channels == 1:
+        files |= {"[H, W]": npy(image[:, :, 0]), "tiff": tiff(image[:, :, 0])}
+    else:
+        many = {"photometric": "minisblack", "planarconfig": "contig"}
+        files |= {
+            "colours": tiff(image),
+            "bands": tiff(image, **many),
+            "deflate": tiff(image, compression="zlib", **many),
+        }
+        files |= {"big tiff": tiff(image, bigtiff=True, byteorder=">", **many)}
+        files["planar"] = tiff(planes, photometric="minisblack", planarconfig="separate")
+    for name, raw in files.items():
+        np.testing.assert_array_equal(read(raw, channels), image, err_msg=name)
+        assert read(raw, channels).dtype == image.dtype
+
+
+def test_where_both_ends_may_be_channels_the_last_is():
+    image = values(0, 4, "uint8", (4, 9))
+    np.testing.assert_array_equal(read(npy(image), 4), image)
+
+
+def test_ordinary_files_of_one_and_four_channels():
+    colour = values(1, 3, "uint8")
+    grey = np.asarray(Image.fromarray(colour).convert("L"))[:, :, None]
+    for raw in (stored(Image.fromarray(colour), "png"), stored(Image.fromarray(colour), "tiff")):
+        np.testing.assert_array_equal(read(raw, 1), grey)
+        np.testing.assert_array_equal(read(raw, 3), colour)
+    deep = values(2, 1, "uint16")
+    for kind in ("png", "tiff", "ppm"):
+        np.testing.assert_array_equal(read(stored(Image.fromarray(deep[:, :, 0]), kind), 1), deep, err_msg=kind)
+    white_is_zero = tiff(deep[:, :, 0], photometric="miniswhite")
+    np.testing.assert_array_equal(read(white_is_zero, 1), 65535 - deep)
+    floats = 1000 * values(3, 1, "float32") - 300
+    np.testing.assert_array_equal(read(stored(Image.fromarray(floats[:, :, 0]), "tiff"), 1), floats)
+    four = values(4, 4, "uint8")
+    for kind, options in (("png", {}), ("tiff", {"compression": "tiff_lzw"})):
+        np.testing.assert_array_equal(read(stored(Image.fromarray(four, "RGBA"), kind, **options), 4), four)
+    jpeg = stored(Image.fromarray(colour), "jpeg")
+    np.testing.assert_array_equal(read(jpeg, 1)[:, :, 0], np.asarray(Image.open(io.BytesIO(jpeg)).convert("L")))
+
+
+@pytest.mark.parametrize(
+    "raw, channels, there",
+    [
+        (npy(values(0, 13, "uint8")), 4, "13 channels"),
+        (npy(values(0, 13, "uint8")[:, :, 0]), 3, "1 channel "),
+        (tiff(values(0, 13, "uint16"), photometric="minisblack", planarconfig="contig"), 3, "13 channels"),
+        (tiff(values(0, 13, "uint8").transpose(2, 0, 1), photometric="minisblack"), 1, "13 channels"),
+        (tiff(values(0, 2, "uint8"), photometric="minisblack", planarconfig="contig"), 1, "2 channels"),
+        (tiff(values(0, 4, "uint8"), photometric="rgb", extrasamples=["unspecified"]), 3, "4 channels"),
+        (stored(Image.new("RGB", (9, 9)), "png"), 4, "3 channels"),
+        (stored(Image.new("L", (9, 13)), "png"), 13, "1 channel "),
+        (stored(Image.new("P", (9, 9)), "png"), 4, "3 channels"),
+        (stored(Image.new("RGBA", (9, 9)), "tiff"), 13, "4 channels"),
+    ],
+)
+def test_another_number_of_channels_names_file_channels_and_option(raw, channels, there, tmp_path):
+    (tmp_path / "odd.png").write_bytes(raw)
+    for skip_bad in (False, True):  # it can be decoded: to skip all files of a wrong option would help nobody
+        images = Images([(str(tmp_path / "odd.png"), 0)], eval_transform(32), skip_bad=skip_bad, bands=reader(channels))
+        with pytest.raises(UserError, match=f"odd.png has {there}.*--in_chans is {channels}"):
+            images[0]
+
+
+BAD = {
+    "NaN": (npy(np.full((9, 9, 2), np.nan, np.float32)), "162 of 162 values are NaN"),
+    "inf": (tiff(np.full((9, 9, 2), np.inf, np.float32), photometric="minisblack"), "NaN or infinite"),
+    "int32": (npy(np.zeros((9, 9, 2), np.int32)), "int32: save them as uint8, uint16 or float32"),
+    "float64": (tiff(np.zeros((9, 9, 2)), photometric="minisblack", planarconfig="contig"), "float64: save them"),
+    "objects": (npy(np.array([{}, []], object)), "object: save them"),
+    "cut off": (npy(np.zeros((9, 9, 2), np.uint8))[:-5], "157 bytes of values, not 162"),
+    "cut tiff": (tiff(values(0, 2, "uint8"), photometric="minisblack", planarconfig="contig")[:90], ""),
+    "no image": (npy(np.zeros((2, 9, 9, 2), np.uint8)), "shape 2 x 9 x 9 x 2"),
+    "empty": (npy(np.zeros((0, 9, 2), np.uint8)), "shape 0 x 9 x 2"),
+    "line": (npy(np.zeros((1, 2001, 2), np.uint8)), "over 1000 times"),
+    "version": (b"\x93NUMPY\x09\x00" + bytes(60), "version"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_decoded_is_named_or_skipped(name, tmp_path):
+    raw, reason = BAD[name]
+    (tmp_path / "bad.npy").write_bytes(raw)
+    np.save(tmp_path / "good.npy", np.zeros((9, 9, 2), np.float32))
+    files = list_images(tmp_path, reader(2).endings)
+    images = Images(files, eval_transform(32), bands=reader(2))
+    with pytest.raises(UserError, match=f"cannot decode .*bad.npy .*{reason}"):
+        images[0]
+    skipping = Images(files, eval_transform(32), skip_bad=True, bands=reader(2))
+    assert skipping[0][0].shape == (32, 32, 2) and [path[-7:] for path in skipping.take_bad()] == ["bad.npy"]
+
+
+def test_a_header_of_a_few_bytes_asks_for_no_gigabytes(monkeypatch):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (60000, 60000, 2)})
+    with pytest.raises(Exception, match="over the limit"):
+        read(header.getvalue(), 2)
+    monkeypatch.setattr(bands.decode, "pixel_limit", lambda: 100)
+    for raw in (npy(np.zeros((18, 9, 2), np.uint8)), tiff(np.zeros((18, 9, 2), np.uint8), photometric="minisblack")):
+        with pytest.raises(Exception, match="over the limit of 100"):
+            read(raw, 2)
+
+
+def test_a_missing_tifffile_is_named_and_not_skipped(monkeypatch, tmp_path):
+    whole = builtins.__import__
+
+    def without(name, *args, **options):
+        if name == "tifffile":
+            raise ImportError("No module named 'tifffile'")
+        return whole(name, *args, **options)
+
+    (tmp_path / "a.tif").write_bytes(tiff(values(0, 13, "uint8"), photometric="minisblack", planarconfig="contig"))
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match="a.tif has .*pip install tifffile"):
+        Images([(str(tmp_path / "a.tif"), 0)], eval_transform(32), skip_bad=True, bands=reader(13))[0]
+
+
+@pytest.mark.parametrize("kind", ["tar", "wds"])
+def test_archives_and_streams_are_read_as_stored_and_measured_too(kind, tmp_path):
+    images = [values(i, 1, "uint16", (16, 16)) for i in range(4)]
+    with tarfile.open(tmp_path / ("train.tar" if kind == "tar" else "train-0000.tar"), "w") as tar:
+        for i, image in enumerate(images):
+            png = stored(Image.fromarray(image[:, :, 0]), "png")
+            for name, raw in ((f"ant/{i}.png" if kind == "tar" else f"{i}.png", png), (f"{i}.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+    split = {"name": "train", "filenames": ["train-0000.tar"], "shard_lengths": [4], "num_samples": 4}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    name, transform, env = "tar" if kind == "tar" else "wds/own", eval_transform(16), Dist(torch.device("cpu"))
+    dataset = pretraining_images(str(tmp_path), name, "train", transform, env, 0, skip_bad=False)
+    found = bands.settle(reader(1), env, "cpu", dataset)
+    assert found.pixel_type == "uint16"
+    np.testing.assert_allclose(found.mean, np.mean(np.stack(images) / 65535), rtol=1e-6)
+    np.testing.assert_allclose(found.std, np.std(np.stack(images) / 65535), rtol=1e-6)
+    dataset.bands = reader(4)
+    with pytest.raises(UserError, match="1 channel .*--in_chans is 4"):
+        next(dataset.iterate(0)) if kind == "wds" else dataset[0]
+
+
+# mean and deviation, draws, resizing
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_device_normalises_each_type(kind):
+    pixels, mean, std = values(5, 5, kind), np.linspace(0.1, 0.5, 5), np.linspace(0.2, 0.6, 5)
+    there = torch.from_numpy(np.stack([pixels, pixels]))
+    found = normalise(there, torch.tensor([False, True]), Bands(5, tuple(mean), tuple(std), kind))
+    expected = ((pixels / TOP[kind] - mean) / std).transpose(2, 0, 1)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[:, :, ::-1], atol=1e-5)
+    np.testing.assert_array_equal(there[1], pixels)  # what came is left as it is
+
+
+def test_a_batch_of_several_types_is_in_units_of_one():
+    eight, deep = torch.full((2, 2, 1), 51, dtype=torch.uint8), torch.full((2, 2, 1), 13107, dtype=torch.uint16)
+    pixels, mirror, labels = bands.collate([(eight, True, 1), (deep, False, 2)])
+    assert pixels.dtype == torch.float32 and torch.allclose(pixels, torch.tensor(0.2)) and labels.tolist() == [1, 2]
+
+
+def test_measured_means_weigh_pixels_and_stand_far_from_zero():
+    images = [1e4 + values(i, 2, "float32", (5 + i, 7)) for i in range(4)]
+    mean, std = bands.measure(torch.from_numpy(image).permute(2, 0, 1) for image in images)
+    everything = np.concatenate([image.reshape(-1, 2) for image in images]).astype(np.float64)
+    np.testing.assert_allclose(mean, everything.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(std, everything.std(axis=0), rtol=1e-6)
+
+
+def test_a_sample_is_evenly_spaced_and_a_constant_channel_has_std_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(bands, "N_MEASURED", 3)
+    for i in range(9):
+        np.save(tmp_path / f"{i}.npy", np.stack([np.full((4, 4), i, np.uint8), np.full((4, 4), 51, np.uint8)]))
+    images = Images(list_images(tmp_path, reader(2).endings), eval_transform(32), bands=reader(2))
+    with project_log() as lines:
+        found = bands.settle(reader(2), Dist(torch.device("cpu")), "cpu", images)
+    assert found.mean == pytest.approx((3 / 255, 0.2), abs=1e-7) and found.std[1] == 1.0
+    assert found.std[0] == pytest.approx(np.std([0, 3, 6]) / 255, abs=1e-7) and images.bands is found
+    assert any("channels [1] have one value" in line for line in lines) and any(found.statistics() in s for s in lines)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("make", [pretrain_transform, lambda *a: finetune_transform(a[0], None, "", a[1], a[2])])
+def test_draws_are_the_same_whatever_the_channels(make, kind):
+    """A ramp of columns and rows tells where a pixel came from."""
+    transform = make(16, 0.2, 0.5)
+    rows, columns = np.meshgrid(np.arange(40), np.arange(60), indexing="ij")
+    ramp = (rows + columns) * (TOP[kind] / 100)
+    many, three = (np.repeat(ramp[:, :, None], c, axis=2) for c in (13, 3))
+    for seed in range(5):
+        rng.seed_sample(0, 0, seed)
+        pixels, mirror = transform(torch.from_numpy(many.astype(kind)).permute(2, 0, 1))
+        rng.seed_sample(0, 0, seed)
+        eight, same = transform(torch.from_numpy((three / TOP[kind] * 255).astype(np.uint8)).permute(2, 0, 1))
+        assert mirror == same and pixels.dtype == getattr(torch, kind)
+        np.testing.assert_allclose(pixels[:, :, :3].numpy() / TOP[kind], eight.numpy() / 255, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_resizing_is_pillows_antialiased_bicubic(kind):
+    image = values(7, 13, kind, (50, 70))
+    found = crop_and_resize(torch.from_numpy(image).permute(2, 0, 1), (3, 5, 40, 60), (16, 24)).numpy()
+    assert found.dtype == image.dtype
+    for channel in (0, 12):
+        plane = Image.fromarray(image[3:43, 5:65, channel].astype(np.float32))
+        expected = np.asarray(plane.resize((24, 16), Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(found[:, :, channel], expected, atol=0.51 if kind == "uint16" else 1e-5)
+    black_and_white = (image > TOP[kind] / 2) * np.array(TOP[kind], kind)  # overshoots: nothing may wrap around
+    larger = crop_and_resize(torch.from_numpy(black_and_white).permute(2, 0, 1), (0, 0, 50, 70), (100, 140)).numpy()
+    if kind == "uint16":
+        inside = larger[20:-20, 20:-20].astype(np.float64)
+        there = crop_and_resize(
+            torch.from_numpy(black_and_white / 1.0).float().permute(2, 0, 1), (0, 0, 50, 70), (100, 140)
+        )
+        np.testing.assert_allclose(inside, there.numpy()[20:-20, 20:-20].clip(0, 65535), atol=0.51)
+
+
+def test_patches_of_many_channels_go_by_row_column_channel():
+    model = models_mae.MODELS["mae_vit_tiny_patch4"](img_size=8, in_chans=13)
+    imgs = torch.randn(2, 13, 8, 8)
+    patches = model.patchify(imgs)
+    for p in range(4):
+        for place, (row, column, channel) in enumerate(
+            (r, c, k) for r in range(4) for c in range(4) for k in range(13)
+        ):
+            there = imgs[:, channel, p // 2 * 4 + row, p % 2 * 4 + column]
+            assert torch.equal(patches[:, p, place], there)
+    assert torch.equal(model.unpatchify(patches), imgs)
+
+
+# what does not fit
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_an_encoder_of_three_channels_starts_another_by_timms_rule(channels, tmp_path):
+    torch.manual_seed(0)
+    mae = models_mae.MODELS["mae_vit_tiny_patch4"](img_size=32)
+    torch.save({"model": mae.state_dict()}, tmp_path / "three.pth")
+    first = mae.patch_embed.proj.weight.detach().numpy()
+    if channels == 1:
+        expected = first.sum(axis=1, keepdims=True)
+    else:
+        expected = np.stack([first[:, i % 3] for i in range(channels)], axis=1) * (3 / channels)
+    for start_from, model in (
+        (checkpoint.load_pretrained, models_vit.MODELS["vit_tiny_patch4"](img_size=32, in_chans=channels)),
+        (checkpoint.load_init, models_mae.MODELS["mae_vit_tiny_patch4"](img_size=32, in_chans=channels)),
+    ):
+        with project_log() as lines:
+            start_from(tmp_path / "three.pth", model)
+        np.testing.assert_allclose(model.patch_embed.proj.weight.detach(), expected, rtol=1e-6)
+        assert torch.equal(model.blocks[3].mlp.fc2.weight, mae.blocks[3].mlp.fc2.weight)
+        assert any(f"3 channels: its first layer is adapted to {channels}" in line for line in lines)
+    assert any("the decoder is new" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "name, option", [("finetune", "--finetune"), ("linprobe", "--finetune"), ("pretrain", "--init")]
+)
+def test_a_checkpoint_of_other_channels_names_both(name, option, thirteen, tmp_path):
+    write_values(tmp_path / "four", 4, "uint8", "npy")
+    no_augmentation = ["--aa", ""] if name == "finetune" else []
+    with pytest.raises(UserError, match="takes images of 13 channels, the model here of 4: pass --in_chans 13"):
+        start(name, tmp_path / "four", option, thirteen.last, *no_augmentation, channels=4)
+
+
+@pytest.mark.parametrize(
+    "name, words, match",
+    [
+        ("finetune", [], "--aa.* need 3 channels of uint8, not 13 channels: pass --aa ''"),
+        ("finetune", ["--aa=", "--color_jitter", 0.4], "--color_jitter"),
+        ("pretrain", ["--augment", "jitter"], "--augment jitter"),
+        ("pretrain", ["--decode", "cuda"], "--decode cuda needs 3 channels of uint8"),
+        ("linprobe", ["--mean", 1, 2, "--std", 1, 2], "--mean has 2 numbers, but --in_chans is 13"),
+        ("linprobe", ["--std", *[1] * 13], "--mean and --std go together"),
+        ("pretrain", ["--pixel_type", "rgb"], "--pixel_type rgb has 3 channels"),
+    ],
+)
+def test_options_that_do_not_fit_are_named_before_any_file_is_looked_for(name, words, match):
+    with pytest.raises(UserError, match=match):
+        start(name, "/nowhere", *words, channels=13)
+
+
+@pytest.mark.parametrize("words", [["--std", "0"], ["--std", "-1"], ["--mean", "nan"], ["--in_chans", "0"]])
+def test_values_that_are_none_are_refused_by_the_parser(words, capsys):
+    with pytest.raises(SystemExit):
+        main_pretrain.get_args_parser().parse_args(words)
+    assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, words", [("finetune", []), ("pretrain", ["--augment", "jitter"])])
+def test_three_channels_of_another_type_are_no_material_for_augmentation(name, words, tmp_path):
+    write_values(tmp_path, 3, "uint16", "npy")
+    with pytest.raises(UserError, match="need 3 channels of uint8, not 3 channels of uint16: pass --aa ''"):
+        start(name, tmp_path, *words, channels=3)
+
+
+def test_an_odd_file_among_photographs_is_no_material_either(tmp_path):
+    write_image(tmp_path / "a.png", 0)
+    np.save(tmp_path / "b.npy", values(0, 3, "float32"))
+    transform = finetune_transform(32, None, "rand-m9-mstd0.5-inc1")
+    images = Images(list_images(tmp_path, reader(3).endings), transform, bands=reader(3))
+    assert images[0, 0][0].dtype == torch.uint8
+    with pytest.raises(UserError, match="an image has 3 of float32: pass --aa ''"):
+        images[0, 1]
+
+
+def test_a_file_that_does_not_tell_its_mean_needs_it(thirteen, tmp_path):
+    classifier = models_vit.MODELS["vit_tiny_patch4"](img_size=32, in_chans=13, num_classes=2)
+    args = {"model": "vit_tiny_patch4", "input_size": 32}
+    torch.save({"model": classifier.state_dict(), "args": args, "classes": ["a", "b"]}, tmp_path / "silent.pth")
+    with pytest.raises(UserError, match="mean and std of its 13 channels: give --mean and --std"):
+        start("finetune", thirteen.data, "--eval", "--resume", tmp_path / "silent.pth")
+    given = ["--mean", *[0.5] * 13, "--std", *[0.25] * 13]
+    said = start("finetune", thirteen.data, "--eval", "--resume", tmp_path / "silent.pth", *given)
+    assert "6 test images" in said
+    parser = main_evaluate.get_args_parser()
+    words = ["--resume", tmp_path / "silent.pth", "--set", f"own={thirteen.data / 'val'}", "--num_workers", 0, *ON_CPU]
+    words = [str(word) for word in (*words, "--output_dir", tmp_path / "out")]
+    with pytest.raises(UserError, match="mean of its 13 channels: give --mean and --std"):
+        main_evaluate.main(parser.parse_args(words))
+    main_evaluate.main(parser.parse_args([*words, *map(str, given)]))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["own"]["images"] == 6
+
+
+def test_an_evaluation_with_another_mean_than_the_files_is_refused(thirteen, tmp_path):
+    start("linprobe", thirteen.data, channels=13, output=tmp_path)
+    other = ["--mean", *[0.5] * 13, "--std", *[1] * 13]
+    with pytest.raises(UserError, match="so it takes --mean .* leave out --mean 0.5"):
+        start("linprobe", thirteen.data, "--eval", "--resume", tmp_path / "checkpoint-0.pth", *other)
