@@ -8,7 +8,7 @@ from timm.optim import param_groups_weight_decay
 import models_mae
 from engine_pretrain import train_one_epoch
 from util import cli, flops, masks, rng, speed, targets
-from util.data import bands, datasets, loader, readers, workers
+from util.data import datasets, loader, measure, readers, workers
 from util.dist import check_ranks_agree, on_main, share_buffers, shutdown, wrap
 from util.log import log
 from util.look.watch import Watch
@@ -78,13 +78,13 @@ def main(args: argparse.Namespace) -> None:
 
     # data: a random resized crop and a flip are all; the masks vary the task enough without colour jitter (table 1e)
     transform = pretrain_transform(args.input_size, args.crop_min, args.hflip, args.augment, args.crop_ratio)
-    of_images = bands.chosen(args, transform)  # channels, type of values, mean and deviation
+    of_images = measure.chosen(args, transform)  # channels, type of values, mean and deviation
     dataset = readers.pretraining_images(
         args.data_path, args.dataset, args.train_split, transform, env, args.seed, args.skip_bad_images,
         of_images.endings,
     )  # fmt: skip
     check_ranks_agree(env, {"training images": dataset.digest()})  # each rank has listed its own disk
-    bands.settle(of_images, env, args.decode, dataset).note(args)  # what is not given is measured
+    measure.settle(of_images, env, args.decode, dataset).note(args)  # what is not given is measured
     # the order is a function of (seed, epoch): a run that goes on within an epoch reads nothing of what it has seen
     sampler = datasets.TrainSampler(len(dataset), args.batch_size, args.accum_iter, env, args.seed)
     num_workers = workers.available_workers(args.num_workers, env)

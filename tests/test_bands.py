@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import io
 import json
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -21,8 +22,8 @@ import main_linprobe
 import main_pretrain
 import models_mae
 import models_vit
-from util import export, rng
-from util.data import bands
+from util import cli, export, rng
+from util.data import bands, measure
 from util.data.bands import RGB, Bands
 from util.data.datasets import Images
 from util.data.listing import list_images
@@ -191,6 +192,54 @@ def test_a_dim_band_is_stretched_and_one_channel_is_grey():
     assert grey.shape == (1, 1, 32, 32) and grey[0, 0, 0, 0] * 255 == pytest.approx(131, abs=0.6)
 
 
+def test_what_starts_from_a_file_takes_its_channels_mean_and_std_unless_given(thirteen, tmp_path):
+    before = load(thirteen.last)["args"]
+    write_values(tmp_path / "dim", 13, "float32", "npy")
+    start_from = ("--finetune", thirteen.last)
+    for name in ("finetune", "linprobe"):
+        said = start(name, tmp_path / "dim", *start_from, *["--aa", ""][: 2 * (name == "finetune")], output=tmp_path)
+        after = load(tmp_path / "checkpoint-0.pth")["args"]
+        assert [after[key] for key in ("in_chans", "mean", "std")] == [13, before["mean"], before["std"]]
+        assert after["pixel_type"] == "float32" and "13 channels of uint16: they, its mean and std" in said
+        assert "images are of float32, not uint16" in said
+        (tmp_path / "checkpoint-0.pth").unlink(), (tmp_path / "log.txt").unlink()
+    start("pretrain", thirteen.data, "--init", thirteen.last, output=tmp_path / "init")
+    assert load(tmp_path / "init" / "checkpoint-0.pth")["args"]["mean"] == before["mean"]
+    given = ("--mean", *[0.5] * 13, "--std", *[0.25] * 13)
+    start("linprobe", tmp_path / "dim", *start_from, *given, output=tmp_path / "given")
+    assert load(tmp_path / "given" / "checkpoint-0.pth")["args"]["mean"] == [0.5] * 13
+
+
+def test_weights_of_photographs_lend_their_mean_to_photographs_alone(tmp_path):
+    write_image_folder(tmp_path / "photographs", 2, 1, ("a", "b"))
+    own = ("--mean", 0.5, 0.4, 0.3, "--std", 0.2, 0.2, 0.1)
+    start("pretrain", tmp_path / "photographs", *own, output=tmp_path / "p")
+    pretrained = ("--finetune", tmp_path / "p" / "checkpoint-0.pth")
+    start("linprobe", tmp_path / "photographs", *pretrained, output=tmp_path / "l")
+    assert load(tmp_path / "l" / "checkpoint-0.pth")["args"]["mean"] == [0.5, 0.4, 0.3]
+    everything = write_values(tmp_path / "deep", 3, "uint16", "npy")
+    start("linprobe", tmp_path / "deep", *pretrained, channels=3, output=tmp_path / "d")
+    np.testing.assert_allclose(load(tmp_path / "d" / "checkpoint-0.pth")["args"]["mean"], everything.mean(axis=0))
+
+
+@pytest.mark.parametrize("given", ["in_chans: 3", "--in_chans 3"])
+def test_in_chans_3_in_a_file_of_options_is_as_on_a_command_line(given, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(given if ":" in given else "seed: 1")
+    words = ["main_pretrain.py", "--config", str(tmp_path / "config.yaml"), *(given.split() if "-" in given else [])]
+    monkeypatch.setattr(sys, "argv", words)
+    assert cli.parse(main_pretrain.get_args_parser(), "").pixel_type == "stored"
+    (tmp_path / "config.yaml").write_text("pixel_type: rgb\nin_chans: 3")  # as runs write it
+    assert cli.parse(main_pretrain.get_args_parser(), "").pixel_type == "rgb"
+
+
+def test_validation_images_of_other_channels_are_told_before_training(tmp_path):
+    write_values(tmp_path, 4, "uint8", "npy")
+    np.save(tmp_path / "val" / "a" / "0.npy", values(0, 5, "uint8"))
+    with pytest.raises(UserError, match="val/a/0.npy has 5 channels .*--in_chans is 4"):
+        start("linprobe", tmp_path, channels=4, output=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
 def test_without_in_chans_nothing_changes(tmp_path):
     write_image_folder(tmp_path, 3, 1, ("a", "b"))
     np.save(tmp_path / "train" / "a" / "depth.npy", np.zeros((4, 4)))
@@ -280,9 +329,7 @@ def test_another_number_of_channels_names_file_channels_and_option(raw, channels
 BAD = {
     "NaN": (npy(np.full((9, 9, 2), np.nan, np.float32)), "162 of 162 values are NaN"),
     "inf": (tiff(np.full((9, 9, 2), np.inf, np.float32), photometric="minisblack"), "NaN or infinite"),
-    "int32": (npy(np.zeros((9, 9, 2), np.int32)), "int32: save them as uint8, uint16 or float32"),
-    "float64": (tiff(np.zeros((9, 9, 2)), photometric="minisblack", planarconfig="contig"), "float64: save them"),
-    "objects": (npy(np.array([{}, []], object)), "object: save them"),
+    "objects": (npy(np.array([{}, []], object)), "object, which are no numbers"),
     "cut off": (npy(np.zeros((9, 9, 2), np.uint8))[:-5], "157 bytes of values, not 162"),
     "cut tiff": (tiff(values(0, 2, "uint8"), photometric="minisblack", planarconfig="contig")[:90], ""),
     "no image": (npy(np.zeros((2, 9, 9, 2), np.uint8)), "shape 2 x 9 x 9 x 2"),
@@ -303,6 +350,37 @@ def test_what_cannot_be_decoded_is_named_or_skipped(name, tmp_path):
         images[0]
     skipping = Images(files, eval_transform(32), skip_bad=True, bands=reader(2))
     assert skipping[0][0].shape == (32, 32, 2) and [path[-7:] for path in skipping.take_bad()] == ["bad.npy"]
+
+
+@pytest.mark.parametrize("kind", ["int16", "int32", "uint32", "int64", "float16", "float64", "bool", "complex64"])
+def test_other_types_of_values_are_refused_with_a_remedy_and_not_skipped(kind, tmp_path):
+    array = np.zeros((9, 9, 2), kind)
+    files = {"a.npy": npy(array), "b.tif": tiff(array, photometric="minisblack", planarconfig="contig")}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+        images = Images([(str(tmp_path / name), 0)], eval_transform(32), skip_bad=True, bands=reader(2))
+        with pytest.raises(UserError, match=f"{name} has values of {kind}: save them as uint8, uint16 or float32"):
+            images[0]
+
+
+def test_pickles_are_no_images_and_are_not_run(tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return open, (str(tmp_path / "touched"), "w")
+
+    with pytest.raises(ValueError, match="no numbers"):
+        read(npy(np.array([Touch()], object)), 2)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_compression_that_tifffile_lacks_names_the_package(tmp_path, monkeypatch):
+    """Pillow writes none of many bands: a made header claims LZW."""
+    raw = tiff(values(0, 5, "uint8"), photometric="minisblack", planarconfig="contig")
+    place = raw.index((259).to_bytes(2, "little") + (3).to_bytes(2, "little")) + 8
+    (tmp_path / "a.tif").write_bytes(raw[:place] + (5).to_bytes(2, "little") + raw[place + 2 :])
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    with pytest.raises(UserError, match="a.tif has a compression .*pip install imagecodecs"):
+        Images([(str(tmp_path / "a.tif"), 0)], eval_transform(32), skip_bad=True, bands=reader(5))[0]
 
 
 def test_a_header_of_a_few_bytes_asks_for_no_gigabytes(monkeypatch):
@@ -344,7 +422,7 @@ def test_archives_and_streams_are_read_as_stored_and_measured_too(kind, tmp_path
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
     name, transform, env = "tar" if kind == "tar" else "wds/own", eval_transform(16), Dist(torch.device("cpu"))
     dataset = pretraining_images(str(tmp_path), name, "train", transform, env, 0, skip_bad=False)
-    found = bands.settle(reader(1), env, "cpu", dataset)
+    found = measure.settle(reader(1), env, "cpu", dataset)
     assert found.pixel_type == "uint16"
     np.testing.assert_allclose(found.mean, np.mean(np.stack(images) / 65535), rtol=1e-6)
     np.testing.assert_allclose(found.std, np.std(np.stack(images) / 65535), rtol=1e-6)
@@ -375,22 +453,29 @@ def test_a_batch_of_several_types_is_in_units_of_one():
 
 def test_measured_means_weigh_pixels_and_stand_far_from_zero():
     images = [1e4 + values(i, 2, "float32", (5 + i, 7)) for i in range(4)]
-    mean, std = bands.measure(torch.from_numpy(image).permute(2, 0, 1) for image in images)
+    mean, std = measure.measure(torch.from_numpy(image).permute(2, 0, 1) for image in images)
     everything = np.concatenate([image.reshape(-1, 2) for image in images]).astype(np.float64)
     np.testing.assert_allclose(mean, everything.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(std, everything.std(axis=0), rtol=1e-6)
 
 
 def test_a_sample_is_evenly_spaced_and_a_constant_channel_has_std_1(tmp_path, monkeypatch):
-    monkeypatch.setattr(bands, "N_MEASURED", 3)
+    monkeypatch.setattr(measure, "N_MEASURED", 3)
     for i in range(9):
         np.save(tmp_path / f"{i}.npy", np.stack([np.full((4, 4), i, np.uint8), np.full((4, 4), 51, np.uint8)]))
     images = Images(list_images(tmp_path, reader(2).endings), eval_transform(32), bands=reader(2))
     with project_log() as lines:
-        found = bands.settle(reader(2), Dist(torch.device("cpu")), "cpu", images)
+        found = measure.settle(reader(2), Dist(torch.device("cpu")), "cpu", images)
     assert found.mean == pytest.approx((3 / 255, 0.2), abs=1e-7) and found.std[1] == 1.0
     assert found.std[0] == pytest.approx(np.std([0, 3, 6]) / 255, abs=1e-7) and images.bands is found
     assert any("channels [1] have one value" in line for line in lines) and any(found.statistics() in s for s in lines)
+
+
+def test_a_constant_float_has_std_1_whatever_rounding_leaves(tmp_path):
+    for i in range(7):  # sums of 0.1 are not exact
+        np.save(tmp_path / f"{i}.npy", np.full((5 + i, 7), 0.1, np.float32))
+    images = Images(list_images(tmp_path, reader(1).endings), eval_transform(32), bands=reader(1))
+    assert measure.settle(reader(1), Dist(torch.device("cpu")), "cpu", images).std == (1.0,)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -173,8 +173,7 @@ def _words(parser: _Parser, own: set[str], values: dict, args: argparse.Namespac
         elif action.nargs is None:
             if isinstance(value, list):
                 parser.error(f"argument --{key}: expected one value, got {shown(value)}")
-            # the default may be no choice, such as '' for --model of main_evaluate.py, and is not as if it were given
-            if action.default is None or value != str(action.default):
+            if value != action.default:  # which may be no choice, such as '' for --model of main_evaluate.py
                 words.append(f"--{key}={value}")
         else:
             words += [f"--{key}", *map(str, items)]

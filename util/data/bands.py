@@ -1,15 +1,12 @@
-"""Images of any number of channels, of uint8, uint16 or float32: read as they are stored, and how they are normalised.
+"""Images of any number of channels, of uint8, uint16 or float32: how files are read. See measure.py for the rest.
 
 The types are taken to 0..1 by 255, 65535 and 1; mean and deviation are in these units. Letters: C channels, H, W.
 """
 
 import argparse
-import copy
 import io
-import itertools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,16 +15,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.cli import DataOptions
 from util.data import decode
-from util.dist import Dist, on_main
 from util.errors import UserError
-from util.log import log
 
 TOP = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}
-TYPES = "uint8, uint16 or float32"
+TYPES = ("uint8", "uint16", "float32")
+_TYPES = "uint8, uint16 or float32"
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-N_MEASURED = 1000  # images that mean and deviation are measured on, at most
 
 
 class WrongKind(ValueError):
@@ -55,8 +49,8 @@ class Bands:
     def read(self, data: torch.Tensor) -> torch.Tensor:
         """File content [n_bytes] uint8 -> pixels [C, H, W] as they are stored, in memory as [H, W, C].
 
-        Raises WrongKind for another number of channels, ValueError or what libraries raise for what cannot be decoded,
-        and for NaN and infinite values.
+        Raises WrongKind for another number of channels or type of values, ValueError or what libraries raise for what
+        cannot be decoded, and for NaN and infinite values.
         """
         raw = data.numpy().tobytes()
         if raw.startswith(NPY):
@@ -159,9 +153,11 @@ def _planes(values: np.ndarray) -> torch.Tensor:
 
 
 def _check(shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Before anything is decoded."""
-    if dtype.newbyteorder("=") not in (np.uint8, np.uint16, np.float32):
-        raise ValueError(f"values of {dtype}: save them as {TYPES}")
+    """Before anything is decoded. Raises WrongKind for numbers of another type, ValueError for what are none."""
+    if dtype.hasobject or dtype.kind not in "biufc":
+        raise ValueError(f"values of {dtype}, which are no numbers: save an array of {_TYPES}")
+    if dtype.newbyteorder("=") not in TYPES:
+        raise WrongKind(f"values of {dtype}: save them as {_TYPES}, such as by .astype('float32')")
     if (n := math.prod(shape)) > 3 * decode.pixel_limit():
         raise decode.too_many(f"{' x '.join(map(str, shape))} values, as many as of {n // 3}")
 
@@ -170,7 +166,7 @@ def _read_npy(raw: bytes) -> np.ndarray:
     file = io.BytesIO(raw)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if (read_header := readers.get(np.lib.format.read_magic(file))) is None:
-        raise ValueError(f"a header of another version: save an array of {TYPES} by numpy.save")
+        raise ValueError(f"a header of another version: save an array of {_TYPES} by numpy.save")
     shape, fortran, dtype = read_header(file)
     _check(shape, dtype)
     n_bytes = math.prod(shape) * dtype.itemsize
@@ -187,10 +183,17 @@ def _read_tiff(raw: bytes) -> np.ndarray:
         raise WrongKind(f"channels or bits that Pillow cannot read: pip install tifffile ({error})") from error
     with tifffile.TiffFile(io.BytesIO(raw)) as file:
         series = file.series[0]
+        if series.dtype is None:
+            raise WrongKind(f"values of {series.keyframe.bitspersample} bits: save them as {_TYPES}")
         _check(series.shape, series.dtype)
         if math.prod(tile := series.keyframe.tile or ()) > 3 * decode.pixel_limit():
             raise decode.too_many(f"tiles of {' x '.join(map(str, tile))}")  # decoded whole, however small the image
-        return series.asarray(maxworkers=1)
+        try:
+            return series.asarray(maxworkers=1)
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            raise WrongKind(f"a compression that takes a package: pip install imagecodecs ({error})") from error
 
 
 def collate(samples: list[tuple]) -> list[torch.Tensor]:
@@ -198,100 +201,3 @@ def collate(samples: list[tuple]) -> list[torch.Tensor]:
     if len({pixels.dtype for pixels, *_ in samples}) > 1:
         samples = [(pixels.float() / TOP[pixels.dtype], *more) for pixels, *more in samples]
     return default_collate(samples)
-
-
-# what a run is told, and what it finds
-
-
-def chosen(options: DataOptions | argparse.Namespace, transform: object = None) -> Bands:
-    """What --in_chans, --mean and --std say. Raises UserError where they, or the `transform`, do not fit together."""
-    channels, mean, std = options.in_chans, options.mean, options.std
-    if (mean is None) != (std is None):
-        raise UserError("--mean and --std go together: give both, or neither")
-    for name, values in (("mean", mean or ()), ("std", std or ())):
-        if mean is not None and len(values) != channels:
-            raise UserError(f"--{name} has {len(values)} numbers, but --in_chans is {channels}: give one a channel")
-    pixel_type = options.pixel_type or ("rgb" if channels == 3 else "stored")
-    if pixel_type == "rgb" and channels != 3:
-        raise UserError(f"--pixel_type rgb has 3 channels, but --in_chans is {channels}: pass --pixel_type stored")
-    if pixel_type == "rgb" and mean is None:
-        return RGB
-    bands = Bands(channels, tuple(mean) if mean else None, tuple(std) if std else None, pixel_type)
-    if channels != 3:
-        check_eight_bits(transform, options.decode, f"{channels} channels")
-    return bands
-
-
-def check_eight_bits(transform: object, decoder: str, found: str) -> None:
-    """Raise UserError where a recipe needs 3 channels of uint8, for images that are something else."""
-    if getattr(transform, "policy", None) is not None:
-        raise UserError(
-            f"--aa, --color_jitter and --augment jitter need 3 channels of uint8, not {found}: pass --aa '' without "
-            "--color_jitter, or another --augment"
-        )
-    if decoder == "cuda":
-        raise UserError(f"--decode cuda needs 3 channels of uint8, not {found}: pass --decode cpu")
-
-
-def settle(bands: Bands, env: Dist, decoder: str, *datasets) -> Bands:
-    """Give the `datasets` (Images or Streams) their bands, with type, mean and deviation of the first of them.
-
-    ImageNet's for 3 channels of uint8, else measured by rank 0 over all pixels of up to 1,000 images, evenly spaced (of
-    a stream the first ones). Raises UserError, on all ranks, where images, or the recipe, are of another kind.
-    """
-    if bands.pixel_type != "rgb":
-        for dataset in datasets:
-            dataset.bands = bands
-        bands = on_main(env, lambda: _with_statistics(bands, datasets[0]))
-        if (bands.in_chans, bands.pixel_type) != (3, "uint8"):
-            check_eight_bits(datasets[0].transform, decoder, f"{bands.in_chans} channels of {bands.pixel_type}")
-        log.info(f"{bands.in_chans} channels of {bands.pixel_type}: {bands.statistics()}")
-    for dataset in datasets:
-        dataset.bands = bands
-    return bands
-
-
-def _with_statistics(bands: Bands, dataset) -> Bands:
-    images = _pixels(dataset)
-    first = next(images)
-    bands = replace(bands, pixel_type=str(first.dtype).removeprefix("torch."))
-    if bands.mean is not None:
-        return bands
-    if bands.in_chans == 3 and first.dtype == torch.uint8:
-        return replace(bands, mean=RGB.mean, std=RGB.std)
-    mean, std = measure(itertools.chain([first], images))
-    if constant := [i for i, value in enumerate(std) if value == 0]:
-        log.warning(f"channels {constant} have one value in all measured images: their std is taken as 1")
-    log.info(f"mean and std are measured on {min(N_MEASURED, len(dataset))} training images")
-    return replace(bands, mean=mean, std=tuple(value or 1.0 for value in std))
-
-
-def _pixels(dataset) -> Iterable[torch.Tensor]:
-    """Whole images [C, H, W], up to N_MEASURED of them; of broken ones no note is taken."""
-    view = copy.copy(dataset)
-    view.transform = _untouched
-    if hasattr(view, "iterate"):
-        items = itertools.islice(view.iterate(0), N_MEASURED)
-    else:
-        view.bad, n = torch.zeros_like(dataset.bad), min(N_MEASURED, len(dataset))
-        items = (view[i * len(dataset) // n] for i in range(n))
-    return (pixels for pixels, *_ in items)
-
-
-def _untouched(pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    return pixels, False
-
-
-def measure(images: Iterable[torch.Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Images [C, H, W] -> mean and (population) standard deviation of each channel over all their pixels, in units of
-    0..1, to 7 digits.
-    """
-    count, mean, squares = 0, 0.0, 0.0
-    for pixels in images:
-        values = pixels.double().flatten(1) / TOP[pixels.dtype]
-        n, own = values.shape[1], values.mean(dim=1)
-        # image by image (Chan et al. 1979): sums of squares would lose the digits of values far from 0
-        step = own - mean
-        squares = squares + (values - own[:, None]).square().sum(dim=1) + step.square() * (count * n / (count + n))
-        count, mean = count + n, mean + step * (n / (count + n))
-    return tuple(tuple(float(f"{value:.7g}") for value in row.tolist()) for row in (mean, (squares / count).sqrt()))

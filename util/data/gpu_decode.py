@@ -8,9 +8,9 @@ from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset, default_collate
 
 from util import rng
-from util.data.bands import check_eight_bits
 from util.data.datasets import Images
 from util.data.decode import JPEG, jpeg_frame
+from util.data.measure import check_eight_bits
 from util.errors import UserError
 from util.log import log
 from util.transforms import Box, RandomCrop, crop_and_resize

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from util import rng
 from util.cli import DataOptions
-from util.data import bands as channels
+from util.data import measure
 from util.data.bands import RGB, TOP, Bands, collate
 from util.data.datasets import Images, TrainSampler, report_bad
 from util.data.decode import JPEG_DECODER
@@ -166,13 +166,13 @@ def open_labelled(
 
     `sharded`: the processes share the evaluation. Raises UserError, on all ranks, where the images do not fit.
     """
-    bands = channels.chosen(options, transforms[0])
+    bands = measure.chosen(options, transforms[0])
     train_set, val_set = labelled_images(
         options.data_path, options.dataset, (options.train_split, options.val_split), transforms, nb_classes, env,
         sharded, seed, options.skip_bad_images, options.val_path, bands.endings,
     )  # fmt: skip
     check_ranks_agree(env, {"images": [images and images.digest() for images in (train_set, val_set)]})
-    channels.settle(bands, env, options.decode, *filter(None, (train_set, val_set)))
+    measure.settle(bands, env, options.decode, *filter(None, (train_set, val_set)))
     num_workers = available_workers(options.num_workers, env)
     workers = num_workers, options.pin_mem
     val_loader = eval_loader(val_set, batch_size, env, sharded, *workers, options.loader_timeout)

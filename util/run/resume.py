@@ -14,8 +14,7 @@ from util.log import log
 from util.run.files import checkpoints
 from util.run.progress import Part
 from util.run.training_state import check_training_state, shown
-from util.transforms import statistics
-from util.weights import checkpoint
+from util.weights import build, channels, checkpoint, convert
 from util.weights.untrusted import options_of
 
 SUBMISSION = set("job_dir ngpus nodes timeout partition use_volta32 comment cluster".split())  # of submitit_*.py
@@ -129,18 +128,42 @@ def will_resume(env: Dist, args: argparse.Namespace) -> bool:
     return on_main(env, lambda: bool(args.output_dir and checkpoints(args.output_dir)))
 
 
-def take_statistics(env: Dist, args: argparse.Namespace) -> None:
-    """--mean and --std of a run that goes on and would measure them: its checkpoint's, whatever the images are now."""
-    kind = getattr(args, "in_chans", 3), getattr(args, "pixel_type", None)  # main_evaluate.py has none
-    if kind in ((3, None), (3, "rgb")) or args.mean is not None or args.std is not None or not will_resume(env, args):
+def take_channels(env: Dist, args: argparse.Namespace) -> None:
+    """Channels, their type, mean and deviation that are not given: those of the file that the run starts from.
+
+    Raises UserError where the file's channels are others than those given.
+    """
+    if not hasattr(args, "in_chans"):  # main_evaluate.py
         return
+    going_on = will_resume(env, args)
+    source = args.resume if going_on else getattr(args, "finetune", "") or getattr(args, "init", "")
+    told = on_main(env, lambda: source and _channels_of(source, args.output_dir))
+    if not told:
+        return
+    there, statistics = told["in_chans"], {name: list(told[name]) for name in ("mean", "std") if name in told}
+    if args.pixel_type is None and args.in_chans == 3:  # neither is given
+        args.in_chans, args.pixel_type = there, told["pixel_type"]
+    if there != args.in_chans:
+        if going_on or there != 3:  # three are adapted
+            channels.refuse(source, there, args.in_chans)
+    elif args.mean is args.std is None and (told["pixel_type"] == "rgb") == (args.pixel_type in (None, "rgb")):
+        if args.pixel_type == "stored":
+            args.pixel_type = told["pixel_type"]
+        vars(args).update(statistics)
+        if (there, args.pixel_type) != (3, "rgb"):
+            log.info(f"{source} is for {there} channels of {args.pixel_type}: they, its mean and std are taken over")
 
-    def saved() -> dict:
-        path = newest(args.output_dir) if args.resume == "auto" else args.resume
-        return statistics(args.in_chans, options_of(checkpoint.load(path)))
 
-    found = on_main(env, saved)
-    args.mean, args.std = (list(found[name]) if name in found else None for name in ("mean", "std"))
+def _channels_of(source: str, output_dir: str) -> dict[str, object]:
+    """What a file tells of its channels; of a folder for `auto` the newest that can be read."""
+    for path in reversed(checkpoints(output_dir).values()) if source == "auto" else [build.find(source)]:
+        try:
+            state = checkpoint.load(path, whole=False)
+            return build.channels_told_by(convert.to_our_names(state["model"], path), options_of(state))
+        except UserError:
+            if source != "auto":
+                raise
+    return {}
 
 
 def _check_size(path: str | Path, saved: dict, args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ def begin(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Dist:
     on_main(env, lambda: report.check(getattr(args, "report_to", "none")))
     if not getattr(args, "eval", False):
         resume.refuse_second_run(env, args.output_dir, args.resume)
-        resume.take_statistics(env, args)
+        resume.take_channels(env, args)
     return env
 
 

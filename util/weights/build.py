@@ -15,7 +15,7 @@ from util import masks, targets
 from util.errors import UserError, shown
 from util.log import log
 from util.transforms import statistics
-from util.weights import checkpoint, convert, download, untrusted
+from util.weights import channels, checkpoint, convert, download, untrusted
 from util.weights.checkpoint import is_decoder
 
 MAWS = "https://dl.fbaipublicfiles.com/maws/"  # MAE on 3 billion images (Singh et al. 2023, arXiv 2303.13496)
@@ -85,17 +85,21 @@ def told_by(state: dict, source: str | Path) -> dict[str, object]:
         told["norm_pix_loss"] = args["norm_pix_loss"]
     if is_classifier:
         told |= {"nb_classes": checkpoint.n_classes(weights), "global_pool": "fc_norm.weight" in weights}
-    if size:
-        told |= _channels(weights["patch_embed.proj.weight"].shape[1], args)
+    told |= channels_told_by(weights, args)
     if size and (img_size := _image_size(weights, args, size[2], source)):
         told["input_size"] = img_size
     return told
 
 
-def _channels(in_chans: int, args: dict) -> dict[str, object]:
-    known, kind = statistics(in_chans, args), args.get("pixel_type")
+def channels_told_by(weights: convert.Weights, args: dict) -> dict[str, object]:
+    """Weights under our names, and options -> `in_chans`, `pixel_type`, and `mean` and `std` where they are known; {}
+    where there is no first layer.
+    """
+    if getattr(first := weights.get(channels.FIRST), "ndim", 0) != 4:
+        return {}
+    in_chans, kind = first.shape[1], args.get("pixel_type")
     kind = kind if kind in ("stored", "uint8", "uint16", "float32") else "rgb" if in_chans == 3 else "stored"
-    return {"in_chans": in_chans, "pixel_type": kind, **known}
+    return {"in_chans": in_chans, "pixel_type": kind, **statistics(in_chans, args)}
 
 
 def _image_size(

@@ -1,6 +1,7 @@
 """The channels that a file's first layer takes, against those of the model."""
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from timm.models import adapt_input_conv
@@ -23,8 +24,12 @@ def _differing(own: Weights, weights: Weights) -> tuple[int, int] | None:
 def check(own: Weights, weights: Weights, name: object) -> None:
     """Raise UserError where a state dict takes images of other channels than the model's, `own`."""
     if found := _differing(own, weights):
-        there, here = found
-        raise UserError(f"{name} takes images of {there} channels, the model here of {here}: pass --in_chans {there}")
+        refuse(name, *found)
+
+
+def refuse(name: object, there: int, here: int) -> NoReturn:
+    """Raise UserError for a file and a model of other channels."""
+    raise UserError(f"{name} takes images of {there} channels, the model here of {here}: pass --in_chans {there}")
 
 
 def adapted(own: Weights, weights: Weights, name: object) -> Weights:

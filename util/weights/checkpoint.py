@@ -30,10 +30,11 @@ _OTHER_PARTS = {
 }
 
 
-def load(path_or_url: str | Path) -> dict:
+def load(path_or_url: str | Path, whole: bool = True) -> dict:
     """Path, https URL or address on a hub -> the file's dict, on the CPU, with finite weights under `model`. Downloads
     are kept: see util/weights/download.py and hub.py. Of the files of other projects the dict has `model`, under our
     names, and `args` alone. `FILE#model_ema`: the average of the weights is the `model`, without training state.
+    Without `whole`, no weight is looked at: quick, for who asks for the options alone.
 
     Raises UserError where the file is missing, damaged, no checkpoint (the message says what it is), or holds anything
     but tensors, plain values and an `argparse.Namespace` (as files of the original code do).
@@ -43,13 +44,14 @@ def load(path_or_url: str | Path) -> dict:
         raise UserError(f"no checkpoint {url}: give a file or an https:// URL")
     path = download.fetch(url) if url.startswith("https://") else Path(url)
     try:
-        state = untrusted.read(path)
+        state = untrusted.read(path, whole)
         if str(path_or_url).endswith(AVERAGE):
             state = _average_of(state, path)
         weights = convert.find_weights(state, path)
-        untrusted.check_weights(weights, path, path.stat().st_size)
+        if whole:
+            untrusted.check_weights(weights, path, path.stat().st_size)
         if weights is state.get("model"):
-            if isinstance(state.get("model_ema"), dict):
+            if whole and isinstance(state.get("model_ema"), dict):
                 untrusted.check_weights(state["model_ema"], path, path.stat().st_size)
             return state
         args = {"args": state["args"]} if "args" in state else {}

@@ -39,8 +39,9 @@ _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9\x20j\xa8P\x19."  # how torch.save began its files before it wrote zips
 
 
-def read(path: Path) -> object:
-    """File of torch.save or safetensors -> what it holds, on the CPU. Nothing in the file is run.
+def read(path: Path, whole: bool = True) -> object:
+    """File of torch.save or safetensors -> what it holds, on the CPU. Nothing in the file is run. Without `whole`,
+    tensors stay on the disk where the format allows it, and no checksum is compared: for who asks for options alone.
 
     Allowed are tensors, plain values and `argparse.Namespace` (files of the original code hold one). Zip files must
     agree with their checksums, which torch writes and does not check. Raises UserError saying what the file is instead.
@@ -57,13 +58,13 @@ def read(path: Path) -> object:
     if head[8:10] == b'{"':
         return read_safetensors(path)
     if head.startswith(_ZIP):
-        _check_zip(path)
+        _check_zip(path, whole)
     elif what := _what_it_is(head):
         raise UserError(f"{path} is no checkpoint but {what}")
     try:
         _refuse_memory_for_the_asking(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=not whole and head.startswith(_ZIP))
     except UserError:
         raise
     except Exception as error:  # garbage makes the reader raise whatever it likes
@@ -97,7 +98,7 @@ def _refuse_memory_for_the_asking(path: Path) -> None:
                             "and plain values are taken. Save the state_dict() of the model alone")  # fmt: skip
 
 
-def _check_zip(path: Path) -> None:
+def _check_zip(path: Path, checksums: bool) -> None:
     """Raise UserError unless `path` is a whole, undamaged zip file that torch.save wrote."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -112,7 +113,7 @@ def _check_zip(path: Path) -> None:
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise UserError(f"{path} is compressed, which torch never does: save it again by torch.save")
             for record in records:
-                if record.CRC:  # 0: torch was told not to compute it
+                if checksums and record.CRC:  # 0: torch was told not to compute it
                     with archive.open(record) as file:
                         while file.read(2**20):
                             pass

@@ -1,0 +1,119 @@
+"""What a run is told of its images' channels, and what it finds: type, mean, deviation. C: channels, H, W."""
+
+import argparse
+import copy
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from util.cli import DataOptions
+from util.data.bands import RGB, TOP, TYPES, Bands
+from util.dist import Dist, on_main
+from util.errors import UserError
+from util.log import log
+
+N_MEASURED = 1000  # images that mean and deviation are measured on, at most
+
+
+def chosen(options: DataOptions | argparse.Namespace, transform: object = None) -> Bands:
+    """What --in_chans, --mean and --std say. Raises UserError where they, or the `transform`, do not fit together."""
+    channels, mean, std = options.in_chans, options.mean, options.std
+    if (mean is None) != (std is None):
+        raise UserError("--mean and --std go together: give both, or neither")
+    for name, values in (("mean", mean or ()), ("std", std or ())):
+        if mean is not None and len(values) != channels:
+            raise UserError(f"--{name} has {len(values)} numbers, but --in_chans is {channels}: give one a channel")
+    pixel_type = options.pixel_type or ("rgb" if channels == 3 else "stored")
+    if pixel_type == "rgb" and channels != 3:
+        raise UserError(f"--pixel_type rgb has 3 channels, but --in_chans is {channels}: pass --pixel_type stored")
+    if pixel_type == "rgb" and mean is None:
+        return RGB
+    bands = Bands(channels, tuple(mean) if mean else None, tuple(std) if std else None, pixel_type)
+    if channels != 3:
+        check_eight_bits(transform, options.decode, f"{channels} channels")
+    return bands
+
+
+def check_eight_bits(transform: object, decoder: str, found: str) -> None:
+    """Raise UserError where a recipe needs 3 channels of uint8, for images that are something else."""
+    if getattr(transform, "policy", None) is not None:
+        raise UserError(
+            f"--aa, --color_jitter and --augment jitter need 3 channels of uint8, not {found}: pass --aa '' without "
+            "--color_jitter, or another --augment"
+        )
+    if decoder == "cuda":
+        raise UserError(f"--decode cuda needs 3 channels of uint8, not {found}: pass --decode cpu")
+
+
+def settle(bands: Bands, env: Dist, decoder: str, *datasets) -> Bands:
+    """Give the `datasets` (Images or Streams) their bands, with type, mean and deviation of the first of them.
+
+    ImageNet's for 3 channels of uint8, else measured by rank 0 over all pixels of up to 1,000 images, evenly spaced (of
+    a stream the first ones). Raises UserError, on all ranks, where first images, or the recipe, are of another kind.
+    """
+    if bands.pixel_type != "rgb":
+        for dataset in datasets:
+            dataset.bands = bands
+        bands = on_main(env, lambda: _with_statistics(bands, *datasets))
+        if (bands.in_chans, bands.pixel_type) != (3, "uint8"):
+            check_eight_bits(datasets[0].transform, decoder, f"{bands.in_chans} channels of {bands.pixel_type}")
+        log.info(f"{bands.in_chans} channels of {bands.pixel_type}: {bands.statistics()}")
+    for dataset in datasets:
+        dataset.bands = bands
+    return bands
+
+
+def _with_statistics(bands: Bands, dataset, *others) -> Bands:
+    images = _pixels(dataset)
+    first = next(images)
+    for other in others:  # an epoch later would be late
+        next(_pixels(other))
+    told, bands = bands.pixel_type, replace(bands, pixel_type=str(first.dtype).removeprefix("torch."))
+    if told in TYPES and told != bands.pixel_type:
+        log.warning(
+            f"images are of {bands.pixel_type}, not {told} as --pixel_type or the checkpoint says: mean and std are in "
+            "units of the whole range of either type"
+        )
+    if bands.mean is not None:
+        return bands
+    if bands.in_chans == 3 and first.dtype == torch.uint8:
+        return replace(bands, mean=RGB.mean, std=RGB.std)
+    mean, std = measure(itertools.chain([first], images))
+    # less than float32 resolves: all that rounding leaves
+    if constant := [i for i, (m, s) in enumerate(zip(mean, std, strict=True)) if s <= 1e-7 * abs(m)]:
+        log.warning(f"channels {constant} have one value in all measured images: their std is taken as 1")
+    log.info(f"mean and std are measured on {min(N_MEASURED, len(dataset))} training images")
+    return replace(bands, mean=mean, std=tuple(1.0 if i in constant else value for i, value in enumerate(std)))
+
+
+def _pixels(dataset) -> Iterable[torch.Tensor]:
+    """Whole images [C, H, W], up to N_MEASURED of them; of broken ones no note is taken."""
+    view = copy.copy(dataset)
+    view.transform = _untouched
+    if hasattr(view, "iterate"):
+        items = itertools.islice(view.iterate(0), N_MEASURED)
+    else:
+        view.bad, n = torch.zeros_like(dataset.bad), min(N_MEASURED, len(dataset))
+        items = (view[i * len(dataset) // n] for i in range(n))
+    return (pixels for pixels, *_ in items)
+
+
+def _untouched(pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    return pixels, False
+
+
+def measure(images: Iterable[torch.Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Images [C, H, W] -> mean and (population) standard deviation of each channel over all their pixels, in units of
+    0..1, to 7 digits.
+    """
+    count, mean, squares = 0, 0.0, 0.0
+    for pixels in images:
+        values = pixels.double().flatten(1) / TOP[pixels.dtype]
+        n, own = values.shape[1], values.mean(dim=1)
+        # image by image (Chan et al. 1979): sums of squares would lose the digits of values far from 0
+        step = own - mean
+        squares = squares + (values - own[:, None]).square().sum(dim=1) + step.square() * (count * n / (count + n))
+        count, mean = count + n, mean + step * (n / (count + n))
+    return tuple(tuple(float(f"{value:.7g}") for value in row.tolist()) for row in (mean, (squares / count).sqrt()))
