@@ -200,7 +200,7 @@ def test_what_starts_from_a_file_takes_its_channels_mean_and_std_unless_given(th
         said = start(name, tmp_path / "dim", *start_from, *["--aa", ""][: 2 * (name == "finetune")], output=tmp_path)
         after = load(tmp_path / "checkpoint-0.pth")["args"]
         assert [after[key] for key in ("in_chans", "mean", "std")] == [13, before["mean"], before["std"]]
-        assert after["pixel_type"] == "float32" and "13 channels of uint16: they, its mean and std" in said
+        assert after["pixel_type"] == "float32" and "in_chans 13, values of uint16, mean and std are taken over" in said
         assert "images are of float32, not uint16" in said
         (tmp_path / "checkpoint-0.pth").unlink(), (tmp_path / "log.txt").unlink()
     start("pretrain", thirteen.data, "--init", thirteen.last, output=tmp_path / "init")
@@ -238,6 +238,14 @@ def test_validation_images_of_other_channels_are_told_before_training(tmp_path):
     with pytest.raises(UserError, match="val/a/0.npy has 5 channels .*--in_chans is 4"):
         start("linprobe", tmp_path, channels=4, output=tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_files_that_need_in_chans_say_so(tmp_path):
+    many = tiff(values(0, 13, "uint16"), photometric="minisblack", planarconfig="contig")
+    for raw in (many, npy(values(0, 3, "uint8"))):
+        (tmp_path / "odd.tif").write_bytes(raw)
+        with pytest.raises(UserError, match="--in_chans C reads NumPy arrays and TIFF of many bands"):
+            Images([(str(tmp_path / "odd.tif"), 0)], eval_transform(32))[0]
 
 
 def test_without_in_chans_nothing_changes(tmp_path):
@@ -356,9 +364,11 @@ def test_what_cannot_be_decoded_is_named_or_skipped(name, tmp_path):
 def test_other_types_of_values_are_refused_with_a_remedy_and_not_skipped(kind, tmp_path):
     array = np.zeros((9, 9, 2), kind)
     files = {"a.npy": npy(array), "b.tif": tiff(array, photometric="minisblack", planarconfig="contig")}
+    files |= {"grey.tif": tiff(array[:, :, 0])} if kind != "bool" else {}  # that is black and white
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
-        images = Images([(str(tmp_path / name), 0)], eval_transform(32), skip_bad=True, bands=reader(2))
+        of = reader(1 if name == "grey.tif" else 2)
+        images = Images([(str(tmp_path / name), 0)], eval_transform(32), skip_bad=True, bands=of)
         with pytest.raises(UserError, match=f"{name} has values of {kind}: save them as uint8, uint16 or float32"):
             images[0]
 

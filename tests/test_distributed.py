@@ -4,6 +4,7 @@
 """
 
 import gc
+import json
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import ON_CPU, assert_same, load, quiet_run, torchrun, write_image, write_image_folder
@@ -105,6 +107,22 @@ def evaluate_by_script(folder: Path, name: str, *more: str) -> list[str]:
     return [line.split(" ", 2)[2] for line in log.read_text().splitlines()] if log.is_file() else []
 
 
+def of_bands(env: Dist, folder: Path) -> dict:
+    """What a rank knows of 5 channels of float32 whose mean differs from file to file, and rank 0's log of an epoch."""
+    util.run.start.init_distributed, main_finetune.shutdown = lambda *_: env, lambda: None
+    output = folder / f"bands-{env.world_size}"
+    words = (
+        "--data_path", folder / "bands", "--in_chans", 5, "--output_dir", output, "--log_dir", "", "--epochs", 1,
+        "--warmup_epochs", 0, "--model", "vit_tiny_patch4", "--input_size", 16, "--nb_classes", 3, "--num_workers", 0,
+        "--batch_size", 4 // env.world_size, "--aa", "", "--reprob", 0, "--drop_path", 0, "--dist_eval", *ON_CPU,
+    )  # fmt: skip
+    args = main_finetune.get_args_parser().parse_args([str(word) for word in words])
+    main_finetune.main(args)
+    logged = json.loads((output / "log.txt").read_text()) if env.is_main else {}
+    losses = [logged[name] for name in ("train_loss", "test_loss")] if env.is_main else []
+    return {"mean": args.mean, "std": args.std, "pixel_type": args.pixel_type, "losses": losses}
+
+
 def nan_error(env: Dist) -> str:
     """What an epoch of 5 steps raises where the last two batches of rank 1 hold a number that is none."""
     model = mae_vit_tiny_patch4(img_size=16)
@@ -173,6 +191,7 @@ def worker(folder: Path) -> None:
         "unsharded": evaluation(env, folder, sharded=False),
         "nan": nan_error(env),
         "refusals": refusals,
+        "bands": of_bands(env, folder),
     }
     torch.save(results, folder / f"rank-{env.rank}.pth")
     shutdown()
@@ -190,6 +209,10 @@ def two_processes(tmp_path_factory):
     write_image(folder / "more" / "train" / "ant" / "more.png", 0)
     shutil.copytree(folder / "images", folder / "renamed")
     (folder / "renamed" / "val" / "ant" / "0.png").rename(folder / "renamed" / "val" / "ant" / "9.png")
+    for i, path in enumerate(sorted((folder / "images").rglob("*.png"))):
+        image = folder / "bands" / path.relative_to(folder / "images").with_suffix(".npy")
+        image.parent.mkdir(parents=True, exist_ok=True)
+        np.save(image, np.random.default_rng(i).normal(10 * i, 1 + i, (16, 16, 5)).astype(np.float32))
     rng.seed_init(0)
     model = vit_tiny_patch4(img_size=16, num_classes=3, global_pool=True)
     nn.init.normal_(model.head.weight)
@@ -220,6 +243,20 @@ def test_two_processes_take_the_step_of_one_with_the_whole_batch(split, two_proc
         for name, value in whole["model"].items():
             assert torch.allclose(found["model"][name], value, atol=1e-6), name
     assert_same(two_processes.ranks[0]["steps"], two_processes.ranks[1]["steps"])
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_normalise_by_the_mean_and_std_of_all_images(two_processes, monkeypatch):
+    first, second = (rank["bands"] for rank in two_processes.ranks)
+    losses = first.pop("losses"), second.pop("losses")
+    everything = [np.load(path) for path in (two_processes.folder / "bands" / "train").rglob("*.npy")]
+    np.testing.assert_allclose(first["mean"], np.mean(everything, axis=(0, 1, 2), dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(first["std"], np.std(everything, axis=(0, 1, 2), dtype=np.float64), rtol=1e-6)
+    assert first == second and first["pixel_type"] == "float32"
+    for module, name in ((util.run.start, "init_distributed"), (main_finetune, "shutdown")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # as it is now, afterwards
+    whole = of_bands(Dist(torch.device("cpu")), two_processes.folder)
+    assert whole.pop("losses") == pytest.approx(losses[0], rel=1e-4) and whole == first
 
 
 @pytest.mark.slow

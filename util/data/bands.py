@@ -84,8 +84,8 @@ class Bands:
         except ValueError:
             return False
         bits, samples = max(np.atleast_1d(image.tag_v2.get(258, 1))), image.tag_v2.get(277, 1)
-        if samples == 1:
-            return bits <= 32 and getattr(image, "n_frames", 1) == 1
+        if samples == 1:  # mode I: signed, or of 32 bits
+            return image.mode != "I" and getattr(image, "n_frames", 1) == 1
         alpha = image.tag_v2.get(338, ())  # what samples beyond the colours are: 0 is none of the two kinds of alpha
         colours = self.in_chans in (1, 3) or (image.mode == "RGBA" and alpha == (2,))
         return bits <= 8 and colours and 0 not in alpha
@@ -190,7 +190,7 @@ def _read_tiff(raw: bytes) -> np.ndarray:
             raise decode.too_many(f"tiles of {' x '.join(map(str, tile))}")  # decoded whole, however small the image
         try:
             return series.asarray(maxworkers=1)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:  # of a codec, of a predictor
             if "imagecodecs" not in str(error):
                 raise
             raise WrongKind(f"a compression that takes a package: pip install imagecodecs ({error})") from error

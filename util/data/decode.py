@@ -31,6 +31,7 @@ for _library in ("PIL.TiffImagePlugin", "tifffile"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
 
 JPEG = b"\xff\xd8\xff"
+_OF_BANDS = (b"\x93NUM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # see util/data/bands.py
 # whatever a file is called. Pillow opens others by running programs, or keeps no limits there
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF")
 MAX_SCANS = 100  # of a JPEG; each goes over the whole image. libtiff's limit, and ten times what encoders make
@@ -96,7 +97,8 @@ def open_image(raw: bytes) -> Image.Image:
     try:
         image = Image.open(_Bounded(raw), formats=_formats())
     except Image.UnidentifiedImageError as error:  # whose text holds an object's address
-        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}") from error
+        more = "; --in_chans C reads NumPy arrays and TIFF of many bands" if raw[:4] in _OF_BANDS else ""
+        raise ValueError(f"cannot identify it as one of {', '.join(FORMATS)}{more}") from error
     except Image.DecompressionBombError as error:
         raise too_many(re.search(r"\d+", str(error)).group()) from error
     if image.format == "TIFF" and (tile := image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0)) > limit:

@@ -105,6 +105,9 @@ def given_sets(args: argparse.Namespace) -> tuple[dict[str, str], list[tuple[str
         raise UserError("--set is given twice with one name: give each set a name of its own")
     if (real := folders["imagenet-real"]) and not args.imagenet:
         raise UserError(f"--imagenet_real {real} holds labels of ImageNet's validation images: pass --imagenet too")
+    for option, folder in [(_option(name), folders[name]) for name in SETS] + [(f"--set {n}", path) for n, path in own]:
+        if folder and option != "--imagenet_real":
+            _check_folder(option, folder)
     return folders, own
 
 

@@ -151,7 +151,8 @@ def take_channels(env: Dist, args: argparse.Namespace) -> None:
             args.pixel_type = told["pixel_type"]
         vars(args).update(statistics)
         if (there, args.pixel_type) != (3, "rgb"):
-            log.info(f"{source} is for {there} channels of {args.pixel_type}: they, its mean and std are taken over")
+            name = "the run's own checkpoint" if source == "auto" else source
+            log.info(f"{name}: in_chans {there}, values of {args.pixel_type}, mean and std are taken over")
 
 
 def _channels_of(source: str, output_dir: str) -> dict[str, object]:
