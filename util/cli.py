@@ -115,9 +115,9 @@ def add_channel_options(parser: argparse.ArgumentParser) -> None:
     add("--in_chans", default=3, type=channels, action=ChannelsAction, metavar="C", help="channels of an image")
     add("--pixel_type", default=None, choices=PIXEL_TYPES,
         help="rgb: all images become RGB of 8 bits; stored, or a type's name: uint8, uint16 or float32 as the files "
-        "have it, .npy and TIFF of many bands too (default: stored where --in_chans is given, even as 3, else "
-        "rgb)")  # fmt: skip
-    add_statistics_options(add, "ImageNet's for 3 channels of uint8, else measured on up to 1,000 training images")
+        "have it, also .npy and TIFF of many bands (default: stored where --in_chans is given, even as 3, else the "
+        "starting checkpoint's, else rgb)")  # fmt: skip
+    add_statistics_options(add, "the starting checkpoint's; for 3 of uint8 ImageNet's; else of 1,000 training images")
 
 
 def add_statistics_options(add: Callable, default: str) -> None:
