@@ -200,7 +200,7 @@ def test_what_starts_from_a_file_takes_its_channels_mean_and_std_unless_given(th
         said = start(name, tmp_path / "dim", *start_from, *["--aa", ""][: 2 * (name == "finetune")], output=tmp_path)
         after = load(tmp_path / "checkpoint-0.pth")["args"]
         assert [after[key] for key in ("in_chans", "mean", "std")] == [13, before["mean"], before["std"]]
-        assert after["pixel_type"] == "float32" and "in_chans 13, values of uint16, mean and std are taken over" in said
+        assert after["pixel_type"] == "float32" and "unless given: in_chans 13, type uint16, mean and std" in said
         assert "images are of float32, not uint16" in said
         (tmp_path / "checkpoint-0.pth").unlink(), (tmp_path / "log.txt").unlink()
     start("pretrain", thirteen.data, "--init", thirteen.last, output=tmp_path / "init")

@@ -114,7 +114,8 @@ def of_bands(env: Dist, folder: Path) -> dict:
     words = (
         "--data_path", folder / "bands", "--in_chans", 5, "--output_dir", output, "--log_dir", "", "--epochs", 1,
         "--warmup_epochs", 0, "--model", "vit_tiny_patch4", "--input_size", 16, "--nb_classes", 3, "--num_workers", 0,
-        "--batch_size", 4 // env.world_size, "--aa", "", "--reprob", 0, "--drop_path", 0, "--blr", 0.1, "--dist_eval", *ON_CPU,
+        "--batch_size", 4 // env.world_size, "--aa", "", "--reprob", 0, "--drop_path", 0, "--blr", 0.1,
+        "--dist_eval", *ON_CPU,
     )  # fmt: skip
     args = main_finetune.get_args_parser().parse_args([str(word) for word in words])
     main_finetune.main(args)

@@ -27,7 +27,7 @@ from util.option_types import tuned_blocks as tuned_blocks
 from util.options import parse as parse  # how the scripts know it
 from util.transforms import AUGMENTS
 
-PIXEL_TYPES = ("rgb", "stored", "uint8", "uint16", "float32")
+PIXEL_TYPES = ("auto", "rgb", "stored", "uint8", "uint16", "float32")
 # options that may differ between the processes of one run: each has its own disk, cores and device, or none heeds them
 OF_ONE_RANK = set(
     "data_path val_path log_dir num_workers pin_mem loader_timeout device local_rank world_size dist_url "
@@ -113,10 +113,10 @@ def add_channel_options(parser: argparse.ArgumentParser) -> None:
     """What images are beside their size: see util/data/bands.py."""
     add = parser.add_argument_group("channels").add_argument
     add("--in_chans", default=3, type=channels, action=ChannelsAction, metavar="C", help="channels of an image")
-    add("--pixel_type", default=None, choices=PIXEL_TYPES,
+    add("--pixel_type", default="auto", choices=PIXEL_TYPES,
         help="rgb: all images become RGB of 8 bits; stored, or a type's name: uint8, uint16 or float32 as the files "
-        "have it, also .npy and TIFF of many bands (default: stored where --in_chans is given, even as 3, else the "
-        "starting checkpoint's, else rgb)")  # fmt: skip
+        "have it, also .npy and TIFF of many bands; auto: stored where --in_chans is given, even as 3, else the "
+        "starting checkpoint's, else rgb")  # fmt: skip
     add_statistics_options(add, "the starting checkpoint's; for 3 of uint8 ImageNet's; else of 1,000 training images")
 
 
@@ -179,7 +179,7 @@ class DataOptions:
     loader_timeout: float
     pin_mem: bool
     in_chans: int
-    pixel_type: str | None
+    pixel_type: str
     mean: list[float] | None
     std: list[float] | None
 

@@ -81,7 +81,7 @@ class ChannelsAction(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
-        if namespace.pixel_type is None:
+        if namespace.pixel_type == "auto":
             namespace.pixel_type = "stored"
 
 

@@ -173,7 +173,7 @@ def _words(parser: _Parser, own: set[str], values: dict, args: argparse.Namespac
         elif action.nargs is None:
             if isinstance(value, list):
                 parser.error(f"argument --{key}: expected one value, got {shown(value)}")
-            if value != action.default:  # which may be no choice, such as '' for --model of main_evaluate.py
+            if value or value != action.default:  # '' may be no choice, as for --model of main_evaluate.py
                 words.append(f"--{key}={value}")
         else:
             words += [f"--{key}", *map(str, items)]

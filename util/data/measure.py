@@ -25,7 +25,9 @@ def chosen(options: DataOptions | argparse.Namespace, transform: object = None) 
     for name, values in (("mean", mean or ()), ("std", std or ())):
         if mean is not None and len(values) != channels:
             raise UserError(f"--{name} has {len(values)} numbers, but --in_chans is {channels}: give one a channel")
-    pixel_type = options.pixel_type or ("rgb" if channels == 3 else "stored")
+    pixel_type = options.pixel_type
+    if pixel_type == "auto":
+        pixel_type = "rgb" if channels == 3 else "stored"
     if pixel_type == "rgb" and channels != 3:
         raise UserError(f"--pixel_type rgb has 3 channels, but --in_chans is {channels}: pass --pixel_type stored")
     if pixel_type == "rgb" and mean is None:

@@ -140,19 +140,18 @@ def take_channels(env: Dist, args: argparse.Namespace) -> None:
     told = on_main(env, lambda: source and _channels_of(source, args.output_dir))
     if not told:
         return
-    there, statistics = told["in_chans"], {name: list(told[name]) for name in ("mean", "std") if name in told}
-    if args.pixel_type is None and args.in_chans == 3:  # neither is given
+    there, name = told["in_chans"], "the run's own checkpoint" if source == "auto" else source
+    if args.pixel_type == "auto" and args.in_chans == 3:  # neither is given
         args.in_chans, args.pixel_type = there, told["pixel_type"]
     if there != args.in_chans:
         if going_on or there != 3:  # three are adapted
-            channels.refuse(source, there, args.in_chans)
-    elif args.mean is args.std is None and (told["pixel_type"] == "rgb") == (args.pixel_type in (None, "rgb")):
-        if args.pixel_type == "stored":
-            args.pixel_type = told["pixel_type"]
-        vars(args).update(statistics)
-        if (there, args.pixel_type) != (3, "rgb"):
-            name = "the run's own checkpoint" if source == "auto" else source
-            log.info(f"{name}: in_chans {there}, values of {args.pixel_type}, mean and std are taken over")
+            channels.refuse(name, there, args.in_chans)
+    elif (told["pixel_type"] == "rgb") == (args.pixel_type == "rgb"):
+        args.pixel_type = told["pixel_type"] if args.pixel_type in ("auto", "stored") else args.pixel_type
+        if args.mean is args.std is None and "mean" in told:
+            args.mean, args.std = list(told["mean"]), list(told["std"])
+        if args.pixel_type != "rgb":
+            log.info(f"taken from {name}, unless given: in_chans {there}, type {args.pixel_type}, mean and std")
 
 
 def _channels_of(source: str, output_dir: str) -> dict[str, object]:
