@@ -136,7 +136,7 @@ def take_channels(env: Dist, args: argparse.Namespace) -> None:
     if not hasattr(args, "in_chans"):  # main_evaluate.py
         return
     going_on = will_resume(env, args)
-    source = args.resume if going_on else getattr(args, "finetune", "") or getattr(args, "init", "")
+    source = args.resume if going_on else getattr(args, "finetune", "") or build.find(getattr(args, "init", ""))
     told = on_main(env, lambda: source and _channels_of(source, args.output_dir))
     if not told:
         return
@@ -151,12 +151,13 @@ def take_channels(env: Dist, args: argparse.Namespace) -> None:
         if args.mean is args.std is None and "mean" in told:
             args.mean, args.std = list(told["mean"]), list(told["std"])
         if args.pixel_type != "rgb":
-            log.info(f"taken from {name}, unless given: in_chans {there}, type {args.pixel_type}, mean and std")
+            statistics = ", mean and std" * ("mean" in told)
+            log.info(f"taken from {name}, unless given: in_chans {there}, type {args.pixel_type}{statistics}")
 
 
 def _channels_of(source: str, output_dir: str) -> dict[str, object]:
     """What a file tells of its channels; of a folder for `auto` the newest that can be read."""
-    for path in reversed(checkpoints(output_dir).values()) if source == "auto" else [build.find(source)]:
+    for path in reversed(checkpoints(output_dir).values()) if source == "auto" else [source]:
         try:
             state = checkpoint.load(path, whole=False)
             return build.channels_told_by(convert.to_our_names(state["model"], path), options_of(state))
