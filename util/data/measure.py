@@ -71,7 +71,7 @@ def _with_statistics(bands: Bands, dataset, *others) -> Bands:
     images = _pixels(dataset)
     first = next(images)
     for other in others:  # an epoch later would be late
-        next(_pixels(other))
+        next(_pixels(other), None)
     told, bands = bands.pixel_type, replace(bands, pixel_type=str(first.dtype).removeprefix("torch."))
     if told in TYPES and told != bands.pixel_type:
         log.warning(
