@@ -31,6 +31,7 @@ from util.data.loader import normalise
 from util.data.readers import pretraining_images
 from util.dist import Dist
 from util.errors import UserError
+from util.look.features import from_files
 from util.look.visualize import from_images, picture_range, reconstruct, to_pixels
 from util.transforms import crop_and_resize, eval_transform, finetune_transform, pretrain_transform
 from util.weights import build, checkpoint
@@ -180,6 +181,23 @@ def test_pictures_show_the_first_three_bands_as_the_checkpoint_normalises(thirte
     np.testing.assert_allclose(shown, image[0, :, :, :3].numpy() / 65535, atol=1e-5)
     with pytest.raises(UserError, match="13 channels"):
         from_images([Image.new("RGB", (40, 40))], (32, 32), bands.of_model(model))
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(13, "uint16"), (1, "float32"), (4, "uint8")])
+def test_files_become_what_a_model_was_trained_on(tmp_path, channels, dtype):
+    mean, std = tuple(np.linspace(0.1, 0.6, channels)), tuple(np.linspace(0.2, 0.4, channels))
+    model = models_mae.mae_vit_tiny_patch4(in_chans=channels)
+    model.bands = {"in_chans": channels, "mean": mean, "std": std, "pixel_type": dtype}
+    images = [values(i, channels, dtype, (36, 36)) for i in range(2)]  # evaluation resizes to 36 and cuts 32
+    for i, image in enumerate(images):
+        np.save(tmp_path / f"{i}.npy", image)
+    found = from_files(sorted(tmp_path.iterdir()), model)
+    top = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
+    expected = [(image[2:34, 2:34].reshape(32, 32, channels) / top - mean) / std for image in images]
+    np.testing.assert_allclose(found.permute(0, 2, 3, 1).numpy(), np.stack(expected), rtol=1e-4, atol=1e-4)
+    np.save(tmp_path / "1.npy", values(0, channels + 1, dtype, (36, 36)))
+    with pytest.raises(UserError, match=rf"1\.npy has {channels + 1} channels .*--in_chans is {channels}"):
+        from_files(sorted(tmp_path.iterdir()), model)
 
 
 def test_a_dim_band_is_stretched_and_one_channel_is_grey():

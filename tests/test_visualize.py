@@ -328,7 +328,7 @@ def test_the_readme_s_lines_extract_the_features_of_a_folder(tmp_path):
     weights = {key: value for key, value in model.state_dict().items() if not key.startswith(("decoder", "mask_"))}
     torch.save({"model": weights, "args": {"model": "mae_vit_tiny_patch4"}}, tmp_path / "encoder.pth")
     for i in range(3):
-        Image.new("RGB", (40, 32), (80 * i, 0, 0)).save(tmp_path / f"{i}.jpg")
+        Image.new("RGB", (36, 36), (80 * i, 0, 0)).save(tmp_path / f"{i}.jpg")
     block = block.replace("output_dir/pretrain/checkpoint-399.pth", str(tmp_path / "encoder.pth"))
     scope = {}
     exec(block.replace("/path/to/images", str(tmp_path)), scope)

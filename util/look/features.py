@@ -1,10 +1,26 @@
 """What an encoder has learned, seen without training: nearest neighbours of its features, and where it looks."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from util.data.loader import DeviceLoader
+from util.data.bands import collate, of_model
+from util.data.datasets import Images
+from util.data.loader import DeviceLoader, normalise
+from util.transforms import eval_transform
+
+
+def from_files(files: Sequence[str | Path], model: nn.Module) -> torch.Tensor:
+    """Image files, of the kind that a model from a checkpoint was trained on -> normalised [N, C, H, W], as evaluation
+    sees them. Raises UserError with the name of one that cannot be read, or has other channels.
+    """
+    bands = of_model(model)
+    images = Images([(str(file), -1) for file in files], eval_transform(model.patch_embed.img_size), bands=bands)
+    pixels, mirror, _ = collate([images[i] for i in range(len(images))])
+    return normalise(pixels, mirror, bands)
 
 
 @torch.no_grad()
