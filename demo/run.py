@@ -42,6 +42,7 @@ class Set:
 
     side: int
     classes: int
+    probe_epochs: int
     batch_size: int
     blr: float
     options: str
@@ -50,9 +51,9 @@ class Set:
 
 
 SETS = {
-    "emoji": Set(48, 9, 64, 12e-3, "--crop_min 0.6", "--blr 25 --crop_min 0.7", 16),
+    "emoji": Set(48, 9, 15, 64, 12e-3, "--crop_min 0.6", "--blr 25 --crop_min 0.7", 16),
     # a mirrored digit, or a corner of one, is another shape
-    "digits": Set(32, 10, 64, 12e-3, "--crop_min 0.5 --hflip 0", "--blr 60 --crop_min 0.7 --hflip 0", 10),
+    "digits": Set(32, 10, 20, 64, 12e-3, "--crop_min 0.5 --hflip 0", "--blr 60 --crop_min 0.7 --hflip 0", 10),
 }
 
 
@@ -159,10 +160,11 @@ def write_untrained(path: Path, side: int, seed: int) -> Path:
 
 def probe(weights: Path, chosen: Set, data: Path, out: Path) -> float:
     """Accuracy (%) of main_linprobe.py on frozen features of `weights`, after its last epoch."""
+    epochs = chosen.probe_epochs
     script(
-        "main_linprobe.py", 20, "--data_path", data, "--finetune", weights, "--output_dir", out, "--log_dir", out,
+        "main_linprobe.py", epochs, "--data_path", data, "--finetune", weights, "--output_dir", out, "--log_dir", out,
         f"--model vit_{MODEL} --input_size {chosen.side} --nb_classes {chosen.classes} --amp off --global_pool",
-        f"--save_every 20 --batch_size 128 --epochs 20 --warmup_epochs 2 {chosen.probe}",
+        f"--save_every {epochs} --batch_size 128 --epochs {epochs} --warmup_epochs 2 {chosen.probe}",
     )  # fmt: skip
     return json.loads(lines(out / "log.txt")[-1])["test_acc1"]
 
