@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
+from models_mae import MaskedAutoencoderViT
 from util.data.bands import of_model
 from util.errors import UserError
 from util.look.visualize import from_images, mask_noise, reconstruct, removed_patches, seeded_noise, strategy_noise
@@ -63,12 +64,20 @@ _computing = ThreadPoolExecutor(1)
 
 @functools.lru_cache(maxsize=3)
 def _opened(source: str) -> Opened:
+    model = open_model(source)
+    if not isinstance(model, MaskedAutoencoderViT):
+        raise UserError(f"{source} is a classifier, with no decoder to draw by: give a checkpoint of main_pretrain.py")
+    if (channels := of_model(model).in_chans) not in (1, 3):
+        raise UserError(
+            f"{source} takes images of {channels} channels, and this page shows pictures, of 1 or 3: draw its images in "
+            "Python by reconstruct and sheet, as docs/README.md has it"
+        )
     if source in RELEASED.values():
-        return Opened(open_model(source), IMAGENET, "photographs")
+        return Opened(model, IMAGENET, "photographs")
     data = options_of(checkpoint.load(find(source))).get("data_path")
     name = Path(data).name if isinstance(data, str) else ""
     words, kind = SETS.get(name, (f"the folder <q>{escape(name[:60])}</q>" if name.isprintable() and name else "", ""))
-    return Opened(open_model(source), words, kind)
+    return Opened(model, words, kind)
 
 
 def opened(source: str) -> Opened:

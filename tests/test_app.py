@@ -23,6 +23,7 @@ from helpers import ROOT
 from PIL import Image
 
 import models_mae
+import models_vit
 from util.errors import UserError
 from util.look.visualize import from_images, mask_noise, reconstruct
 
@@ -32,12 +33,12 @@ httpx = pytest.importorskip("httpx")  # comes with gradio
 from demo import app, drawing, handlers, uploads  # noqa: E402
 
 
-def saved(folder, name, **options):
+def saved(folder, name, mean=None, std=None, **options):
     """A checkpoint whose weights are random, but there."""
     torch.manual_seed(0)
     model = models_mae.mae_vit_tiny_patch4(**options)
     args = {"model": "mae_vit_tiny_patch4", "input_size": model.patch_embed.img_size}
-    args["norm_pix_loss"] = model.norm_pix_loss
+    args |= {"norm_pix_loss": model.norm_pix_loss, "mean": mean, "std": std}
     torch.save({"model": model.state_dict(), "args": args}, folder / name)
     return str(folder / name)
 
@@ -261,6 +262,23 @@ def test_without_weights_the_server_does_not_start(tmp_path, monkeypatch, capsys
     assert left.value.code == 2
     said = capsys.readouterr().err
     assert "no checkpoint" in said and "lost.pth" in said and "make demo" in said
+
+
+def test_what_draws_no_pictures_is_told_before_the_page_opens_and_one_channel_is_welcome(tmp_path, monkeypatch, capsys):
+    torch.save({"model": models_vit.vit_tiny_patch4(num_classes=3).state_dict()}, tmp_path / "classifier.pth")
+    bands = {"in_chans": 13, "mean": [0.1] * 13, "std": [0.1] * 13}
+    saved(tmp_path, "13.pth", **bands)
+    for name, words in (("13.pth", "images of 13 channels"), ("classifier.pth", "is a classifier")):
+        monkeypatch.setattr(sys, "argv", ["app.py", str(tmp_path / name)])
+        with pytest.raises(SystemExit) as left:
+            app.main()
+        assert left.value.code == 2 and words in capsys.readouterr().err
+    grey = saved(tmp_path, "grey.pth", in_chans=1, mean=[0.5], std=[0.2])
+    drawn = drawing.draw(drawing.opened(grey).model, picture(), [True, False] * 32)
+    pixels = np.asarray(drawn.original)
+    assert (pixels == pixels[:, :, :1]).all() and pixels.std() > 10
+    with pytest.raises(UserError, match="does not tell the mean of its 1 channels"):
+        drawing.opened(saved(tmp_path, "untold.pth", in_chans=1))
 
 
 @pytest.mark.slow
