@@ -69,8 +69,8 @@ def _opened(source: str) -> Opened:
         raise UserError(f"{source} is a classifier, with no decoder to draw by: give a checkpoint of main_pretrain.py")
     if (channels := of_model(model).in_chans) not in (1, 3):
         raise UserError(
-            f"{source} takes images of {channels} channels, and this page shows pictures, of 1 or 3: draw its images in "
-            "Python by reconstruct and sheet, as docs/README.md has it"
+            f"{source} takes images of {channels} channels, and this page has pictures, of 1 or 3: draw in Python by "
+            "reconstruct and sheet, as docs/README.md has it"
         )
     if source in RELEASED.values():
         return Opened(model, IMAGENET, "photographs")

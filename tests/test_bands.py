@@ -168,6 +168,17 @@ def test_exports_tell_how_images_are_prepared(thirteen, tmp_path):
     folder, _ = export.export(source, "hf", output=tmp_path / "x-hf")
     written = json.loads((folder / "preprocessor_config.json").read_text())
     assert written["rescale_factor"] == 1 / 65535 and written["image_mean"] == args["mean"]
+    _, line = export.export(source, "detectron2", output=tmp_path / "d.pth", input_size=64, patch_size=16)
+    assert "backbone.net.in_chans = 13" in line and "pretrain_img_size = 64" in line
+    told = dict(part.split(" = ") for part in line.split("; "))
+    for name in ("mean", "std"):  # detectron2 and mmsegmentation normalise the files' own values
+        expected = [65535 * value for value in args[name]]
+        np.testing.assert_allclose(json.loads(told[f"model.pixel_{name}"]), expected, rtol=1e-6)
+    path, line = export.export(source, "mmseg", output=tmp_path / "m.pth", input_size=64, patch_size=16)
+    model = eval(line.removeprefix("model = "))
+    assert model["backbone"]["in_channels"] == 13 and model["backbone"]["patch_size"] == 16
+    np.testing.assert_allclose(model["data_preprocessor"]["mean"], [65535 * m for m in args["mean"]], rtol=1e-6)
+    assert load(path)["patch_embed.projection.weight"].shape == (64, 13, 16, 16)
     path, _ = export.export(source, "safetensors", part="full", output=tmp_path / "x.safetensors")
     assert bands.of_model(build.open_model(path)) == bands.of_model(build.open_model(source))
     assert bands.of_model(build.open_model(source)) == Bands(13, tuple(args["mean"]), tuple(args["std"]), "uint16")

@@ -416,6 +416,7 @@ def test_mmsegmentation_gets_its_names_and_features_stay(tmp_path):
     path, line = export(source, "mmseg", output=tmp_path / "x.pth")
     weights, backbone = load(path), by_line(line, "model")["backbone"]
     assert weights.keys() == MMSEG
+    assert "data_preprocessor" not in line and backbone["in_channels"] == 3, "their configs' own are ImageNet's"
     assert backbone["init_cfg"]["checkpoint"] == str(path) and backbone["init_values"] == 1.0
     options = {"patch_size": backbone["patch_size"], "embed_dim": backbone["embed_dims"], "num_classes": 0}
     options |= {"depth": backbone["num_layers"], "num_heads": backbone["num_heads"], "img_size": backbone["img_size"]}

@@ -23,7 +23,7 @@ from models_vit import check_divisible
 from util import cli
 from util.errors import UserError, fail
 from util.pos_embed import resample
-from util.transforms import preprocessing
+from util.transforms import preprocessing, statistics
 from util.weights import checkpoint, convert, hub, untrusted
 from util.weights.build import find, is_decoder, open_named
 
@@ -31,6 +31,9 @@ ENDINGS = {"timm": ".timm.safetensors", "hf": "-hf", "safetensors": ".safetensor
 ENDINGS |= {"detectron2": ".detectron2.pth", "mmseg": ".mmseg.pth"}
 _WITH_NAME = ("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 TIMM_NAMES = {name: f"{name}_224" for name in _WITH_NAME}
+
+
+TOPS = {"uint16": 65535, "float32": 1}  # of values that are 1 for the model; of all others 255
 
 
 def _code(path: Path) -> str:
@@ -61,7 +64,7 @@ def to_timm(model: nn.Module, name: str, prepared: dict, path: Path) -> str:
 
 
 def to_hugging_face(
-    model: MaskedAutoencoderViT, part: str, mask_ratio: float, prepared: dict, pixel_type: object, folder: Path
+    model: MaskedAutoencoderViT, part: str, mask_ratio: float, prepared: dict, top: int, folder: Path
 ) -> str:
     """Write config.json, preprocessor_config.json and model.safetensors; returns the Python line that loads them."""
     height, width = model.patch_embed.img_size
@@ -73,41 +76,43 @@ def to_hugging_face(
     name = "ViTMAEForPreTraining" if part == "full" else "ViTMAEModel"
     folder.mkdir(parents=True)
     convert.write_safetensors(folder / "model.safetensors", weights)
-    _write_json(folder / "config.json", _hugging_face_config(model, name, mask_ratio if part == "full" else 0.0))
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "ViTImageProcessor",
-            "do_resize": True, "size": {"height": height, "width": width}, "resample": 3,  # 3: bicubic
-            "do_rescale": True, "rescale_factor": 1 / {"uint16": 65535, "float32": 1}.get(pixel_type, 255),
-            "do_normalize": True, "image_mean": prepared["mean"], "image_std": prepared["std"],
-        },
-    )  # fmt: skip
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True, "size": {"height": height, "width": width}, "resample": 3,  # 3: bicubic
+        "do_rescale": True, "rescale_factor": 1 / top,
+        "do_normalize": True, "image_mean": prepared["mean"], "image_std": prepared["std"],
+    }  # fmt: skip
+    config = _hugging_face_config(model, name, mask_ratio if part == "full" else 0.0)
+    for file, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     return f"import transformers; model = transformers.{name}.from_pretrained({_code(folder)})"
 
 
-def to_detector(model: nn.Module, to: str, path: Path) -> str:
+def to_detector(model: nn.Module, to: str, prepared: dict, top: int, path: Path) -> str:
     """Write the encoder for detectron2's ViTDet or mmsegmentation; returns the lines of a config that load it."""
     left_out = ("head.", "fc_norm.")
     weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
     weights = {key: value for key, value in weights.items() if not is_decoder(key) and not key.startswith(left_out)}
     (height, width), patch_size = model.patch_embed.img_size, model.patch_embed.patch_size[0]
-    width_depth_heads = model.pos_embed.shape[-1], len(model.blocks), model.blocks[0].attn.num_heads
+    told = {name: prepared.get(name) for name in ("mean", "std")}
+    # their configs have ImageNet's; in units of the files' values
+    told = {} if None in told.values() or told == statistics(3, {}) else told
+    told = {name: [float(f"{top * value:.7g}") for value in values] for name, values in told.items()}
+    sizes = [model.pos_embed.shape[-1], len(model.blocks), model.blocks[0].attn.num_heads, prepared["input_size"][0]]
     if to == "detectron2":
         if height != width:
-            raise UserError(
-                f"ViTDet takes pretraining images that are square, not {height} x {width}: use --input_size"
-            )
+            raise UserError(f"ViTDet's pretraining images are square, not {height} x {width}: use --input_size")
         torch.save({"model": weights}, path)
-        options = dict(zip(("embed_dim", "depth", "num_heads"), width_depth_heads, strict=True))
+        options = dict(zip(("embed_dim", "depth", "num_heads", "in_chans"), sizes, strict=True))
         options |= {"patch_size": patch_size, "pretrain_img_size": height}
         lines = [f"model.backbone.net.{key} = {value}" for key, value in options.items()]
+        lines += [f"model.pixel_{key} = {value}" for key, value in told.items()]
         return "; ".join([f"train.init_checkpoint = {_code(path)}", *lines])
     torch.save(convert.to_mmseg(weights), path)
     options = {"type": "MAE", "img_size": (height, width), "patch_size": patch_size}
-    options |= dict(zip(("embed_dims", "num_layers", "num_heads"), width_depth_heads, strict=True))
+    options |= dict(zip(("embed_dims", "num_layers", "num_heads", "in_channels"), sizes, strict=True))
     options |= {"init_values": 1.0, "init_cfg": {"type": "Pretrained", "checkpoint": str(path)}}
-    return f"model = dict(backbone={options!r})"
+    return f"model = dict(backbone={options!r}{f', data_preprocessor={told!r}' if told else ''})"
 
 
 def _hugging_face_config(model: MaskedAutoencoderViT, architecture: str, mask_ratio: float) -> dict:
@@ -132,10 +137,6 @@ def _hugging_face_config(model: MaskedAutoencoderViT, architecture: str, mask_ra
         "mask_ratio": mask_ratio,
         "norm_pix_loss": model.norm_pix_loss,
     }
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def to_safetensors(model: nn.Module, part: str, args: dict, path: Path) -> str:
@@ -223,6 +224,7 @@ def export(
         raise UserError(f"{source} is a classifier, and --to hf writes masked autoencoders: use --to timm")
     args = _args_of(source)
     prepared = preprocessing(tuple(model.patch_embed.img_size), model.patch_embed.proj.in_channels, args)
+    top = TOPS.get(str(args.get("pixel_type")), 255)
     if to in ("timm", "hf") and not {"mean", "std"} <= prepared.keys():
         raise UserError(
             f"{source} has {prepared['input_size'][0]} channels and does not tell their mean and std, which {to} takes "
@@ -233,11 +235,11 @@ def export(
         if to == "timm":
             return output, to_timm(model, name, prepared, output)
         if to == "hf":
-            return output, to_hugging_face(model, part, mask_ratio, prepared, args.get("pixel_type"), output)
+            return output, to_hugging_face(model, part, mask_ratio, prepared, top, output)
         if to == "onnx":
             return output, to_onnx(model, part, mask_ratio, output)
         if to in ("detectron2", "mmseg"):
-            return output, to_detector(model, to, output)
+            return output, to_detector(model, to, prepared, top, output)
         kept = {"model": name, "input_size": list(model.patch_embed.img_size)}
         kept |= {key: list(prepared[key]) for key in ("mean", "std") if key in args and key in prepared}
         kept |= {"pixel_type": args["pixel_type"]} if isinstance(args.get("pixel_type"), str) else {}
