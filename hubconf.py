@@ -3,6 +3,7 @@
 Every name of --model is an entry. `pretrained`: False for new weights; True for the authors' file of that model: an
 autoencoder of normalised pixels, or a classifier of ImageNet-1K; or what --finetune takes: a path, an https URL, the
 name of a released file, hf://user/name or timm/name. Other keywords are the builder's, such as img_size or num_classes.
+A Vision Transformer of a file without head has none either, unless num_classes is given; channels are the file's.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import models_mae
 import models_vit
 from util.errors import UserError
 from util.pos_embed import resample
-from util.weights import build, checkpoint
+from util.weights import build, checkpoint, convert
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "filelock", "tqdm"]
 
@@ -32,11 +33,14 @@ def _entry(name: str, builder: Callable[..., nn.Module]) -> Callable[..., nn.Mod
             return builder(**options)
         source = build.find(_released(name) if pretrained is True else pretrained)
         if name in models_vit.MODELS and options:  # a classifier that is still to be trained, with another head
+            weights = convert.to_our_names(checkpoint.load(source)["model"], source)
+            if "in_chans" not in options and (told := build.channels_told_by(weights, {})):
+                options["in_chans"] = told["in_chans"]
             model = builder(**options)
             checkpoint.load_pretrained(source, model)
             return model.eval()
         size = options.pop("img_size", None)
-        model = build.open_model(source, name, **options)
+        model = build.open_model(source, name, encoder_only=name in models_vit.MODELS, **options)
         if size:
             models_vit.check_divisible(size, model.patch_embed.patch_size[0])
             resample(model, size, model.patch_embed.patch_size[0])

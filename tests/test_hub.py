@@ -273,6 +273,19 @@ def test_torch_hub_gives_weights_of_a_file(trained, weights):
     torch.testing.assert_close(classifier.pos_embed, larger.pos_embed)
 
 
+@pytest.mark.parametrize("channels", [3, 13])
+def test_torch_hub_takes_channels_from_the_file_and_an_encoder_of_an_autoencoder(channels, tmp_path):
+    mae = models_mae.mae_vit_tiny_patch4(in_chans=channels, img_size=48).eval()
+    torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
+    encoder = from_hub("vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"))
+    imgs = torch.randn(2, channels, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(imgs), mae.encode(imgs)[0])  # the class token
+    classifier = from_hub("vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"), num_classes=5, img_size=48)
+    assert classifier(imgs).shape == (2, 5)
+    assert from_hub("mae_vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"))(imgs)[1].shape[:2] == (2, 144)
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [

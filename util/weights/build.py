@@ -198,8 +198,8 @@ def open_named(
     """As `open_model`, but (name of the model, model).
 
     `model`, `input_size` and `norm_pix_loss` overrule what the file tells. With `encoder_only` a masked autoencoder
-    may lack its decoder, which then holds random weights. Raises UserError where the file does not tell its model, or
-    does not fit it.
+    may lack its decoder, which then holds random weights, and a Vision Transformer has no head where the file is of a
+    masked autoencoder. Raises UserError where the file does not tell its model, or does not fit it.
     """
     place = find(source)
     state = checkpoint.load(place)
@@ -225,9 +225,11 @@ def open_named(
             skeleton = _as_trained(MODELS[name](**options), state)
     except UserError as error:
         raise UserError(f"{source} does not fit {name}: {error.message}") from error
-    if is_mae and encoder_only and (heads := [key for key in weights if key.startswith("head.")]):
-        log.info(f"{source}: left out {len(heads)} weights of a head, such as {shown(heads[0])}")
-        weights = {key: value for key, value in weights.items() if key not in heads}
+    others = [key for key in weights if (key.startswith("head.") if is_mae else is_decoder(key))]
+    if encoder_only and others:
+        what = "head" if is_mae else "decoder"
+        log.info(f"{source}: left out {len(others)} weights of a {what}, such as {shown(others[0])}")
+        weights = {key: value for key, value in weights.items() if key not in others}
     if is_mae and not encoder_only:
         checkpoint.check_decoder(skeleton, weights, source)
     elif input_size:

@@ -128,7 +128,8 @@ def model_card(folder: Path, repo: str, source: str, args: dict, licence: str, d
 
 A masked autoencoder ([He et al. 2021](https://arxiv.org/abs/2111.06377)), {part}: a Vision Transformer
 {config["hidden_size"]} wide with {config["num_hidden_layers"]} blocks and {config["num_attention_heads"]} heads, for
-images of {config["image_size"]} x {config["image_size"]} pixels in patches of {config["patch_size"]}.
+images of {config["image_size"]} x {config["image_size"]} pixels and {config["num_channels"]} channels in patches of
+{config["patch_size"]}.
 
 ## Data
 
