@@ -106,6 +106,8 @@ def test_files_labels_and_names_are_those_of_the_official_files(name, tmp_path):
     with project_log() as said:
         train_set, val_set = opened(name, f"{tmp_path}/./")
     assert not [line for line in said if "left out" in line]
+    for what in ("train", "validate"):
+        assert any(f"7 of 11 classes have no image to {what} on, as " in line for line in said)
     for images, split in ((train_set, "train"), (val_set, "val")):
         found = [(str(Path(path).relative_to(tmp_path)), label) for path, label in images.source]
         assert found == expected(name, split)

@@ -72,10 +72,15 @@ def labelled(
     if with_train:
         check_there(train_files, train, skip_bad)
     check_there(val_files, val, skip_bad)
-    for files, what in ((train_files, "train on"), (val_files, "validate on")):
-        if files is not None and (empty := np.flatnonzero(np.bincount(files.labels, minlength=nb_classes) == 0)).size:
-            log.warning(f"{empty.size} of {nb_classes} classes have no image to {what}, as {shown(names[empty[0]])}")
+    tell_empty(train_files, val_files, names)
     return train_files if with_train else None, val_files, names
+
+
+def tell_empty(train: PackedFiles | None, val: PackedFiles, names: list[str]) -> None:
+    """Name in the log how many classes lack images of either kind, and one of them."""
+    for files, what in ((train, "train on"), (val, "validate on")):
+        if files is not None and (empty := np.flatnonzero(np.bincount(files.labels, minlength=len(names)) == 0)).size:
+            log.warning(f"{empty.size} of {len(names)} classes have no image to {what}, as {shown(names[empty[0]])}")
 
 
 def _classes(codes: dict[str, int], lists: "list[FileList]", nb_classes: int) -> tuple[np.ndarray, list[str]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from util.data.datasets import PackedFiles
 from util.data.listing import Listing
-from util.data.lists import FileList, check_there
+from util.data.lists import FileList, check_there, tell_empty
 from util.errors import UserError, printable, shown
 from util.log import log
 
@@ -69,7 +69,9 @@ def labelled(
     if with_train:
         _compare_with_disk(root, parts, skip_bad)
     *train, val = (part.files for part in parts)
-    return train[0] if train else None, val, [names.get(number, str(number)) for number in range(n_classes)]
+    found = train[0] if train else None, val, [names.get(number, str(number)) for number in range(n_classes)]
+    tell_empty(*found)
+    return found
 
 
 def _root(name: str, root: str | None) -> str:
