@@ -74,6 +74,7 @@ SAME = [
     ("finetune", "cls_token: true", "--cls_token"),
     ("finetune", "global_pool: false", "--cls_token"),
     ("finetune", "cutmix_minmax: [0.2, 0.8]", "--cutmix_minmax 0.2 0.8"),
+    ("pretrain", "in_chans: 2\nmean: [0.5, -4.2e-05]\nstd: [1, .5]", "--in_chans 2 --mean 0.5 -4.2e-05 --std 1 0.5"),
     ("finetune", "opt_betas: [0.9, 95e-2]", "--opt_betas 0.9 0.95"),
     ("finetune", "tune_blocks: null", "--tune_blocks=all"),
     ("finetune", "tune_blocks: all", ""),
@@ -154,8 +155,8 @@ def test_repeated_options_of_the_command_line_replace_those_of_the_file(monkeypa
 
 FULL = {
     "pretrain": "--data_path /x --norm_pix_loss --input_size 64 96 --blr 1.5e-4 --no_pin_mem --target pca --lr 1e-5",
-    "finetune": "--data_path ~/x --cls_token --cutmix_minmax 0.2 0.8 --tune_blocks 0.5 --opt_betas 0.9 0.95 --aa= "
-    "--report_to wandb,mlflow --reprob 0",
+    "finetune": "--data_path ~/x --in_chans 4 --mean -1e-5 -3 -.5 -2.5E+03 --std 1 2 3 4e-3 --cls_token "
+    "--cutmix_minmax 0.2 0.8 --tune_blocks 0.5 --opt_betas 0.9 0.95 --aa= --report_to wandb,mlflow --reprob 0",
     "linprobe": "--data_path null --output_dir= --train_split on --val_split ~ --dataset 007 --crop_min 1e-1",
     "evaluate": "--set a=/x --set b=/y=z --imagenet_c /c --input_size 448 --predictions é.csv",
 }

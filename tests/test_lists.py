@@ -152,6 +152,7 @@ WRONG_ROWS = {  # what is wrong: (train list, val list, words of the message); a
     "more of val alone": ("a,x\n", "b,y\nc,z\n", "val.csv, line 1: .* 'y', nor 1 more of"),
     "negative": ("a,0\nb,-1\n", "a,0\n", "train.csv, line 2: label -1, but class numbers count from 0"),
     "too few classes": ("a,x\nb,y\nc,z\n", "a,x\n", "--nb_classes 2, but .*train.csv and .* has 3 labels: pass"),
+    "a header of other words": ("name,kind\na,x\nb,y\n", "a,x\n", "has 3 labels.* They are 'kind', 'x', 'y'"),
     "too many classes": ("a,x\n", "a,x\n", "--nb_classes 2, but .* has 1 labels"),
     "too large a number": ("a,0\nb,7\n", "a,0\n", "--nb_classes 2, but the class .* up to 7: pass --nb_classes 8"),
     "huge number": ("a,0\nb,99999999999\n", "a,0\n", "pass --nb_classes 100000000000"),

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -43,6 +44,10 @@ class _Parser(argparse.ArgumentParser):
     """Its help is in the order of NEEDED; `source`, if any, says in errors where a bad value stands."""
 
     source = ""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for an option
 
     def error(self, message: str):
         super().error(self.source + message)

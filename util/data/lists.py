@@ -100,7 +100,9 @@ def _classes(codes: dict[str, int], lists: "list[FileList]", nb_classes: int) ->
     names = sorted(codes)
     if len(names) != nb_classes:
         hint = "" if len(lists) > 1 else ", or name the list of training as --data_path, if it has more"
-        raise UserError(f"--nb_classes {nb_classes}, but {of} has {len(names)} labels: pass that number{hint}")
+        some = ", ".join(map(shown, names[:5])) + ", ..." * (len(names) > 5)
+        words = f"{len(names)} labels: pass that number{hint}, or mend the list. They are {some}"
+        raise UserError(f"--nb_classes {nb_classes}, but {of} has {words}")
     order = {label: number for number, label in enumerate(names)}
     return np.array([order[label] for label in codes]), names
 
