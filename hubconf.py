@@ -3,7 +3,8 @@
 Every name of --model is an entry. `pretrained`: False for new weights; True for the authors' file of that model: an
 autoencoder of normalised pixels, or a classifier of ImageNet-1K; or what --finetune takes: a path, an https URL, the
 name of a released file, hf://user/name or timm/name. Other keywords are the builder's, such as img_size or num_classes.
-A Vision Transformer of a file without head has none either, unless num_classes is given; channels are the file's.
+A Vision Transformer of a file without head has none either, unless num_classes is given; channels are the file's. An
+autoencoder with weights takes img_size and norm_pix_loss alone.
 """
 
 from collections.abc import Callable
@@ -40,6 +41,8 @@ def _entry(name: str, builder: Callable[..., nn.Module]) -> Callable[..., nn.Mod
             checkpoint.load_pretrained(source, model)
             return model.eval()
         size = options.pop("img_size", None)
+        if own := options.keys() - {"norm_pix_loss"}:
+            raise UserError(f"{', '.join(sorted(own))}: {pretrained} decides that; leave it out, or pretrained")
         model = build.open_model(source, name, encoder_only=name in models_vit.MODELS, **options)
         if size:
             models_vit.check_divisible(size, model.patch_embed.patch_size[0])

@@ -284,6 +284,8 @@ def test_torch_hub_takes_channels_from_the_file_and_an_encoder_of_an_autoencoder
     classifier = from_hub("vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"), num_classes=5, img_size=48)
     assert classifier(imgs).shape == (2, 5)
     assert from_hub("mae_vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"))(imgs)[1].shape[:2] == (2, 144)
+    with pytest.raises(UserError, match="decoder_depth, in_chans: .*mae.pth decides that"):
+        from_hub("mae_vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"), in_chans=1, decoder_depth=2)
 
 
 @pytest.mark.parametrize(
