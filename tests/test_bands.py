@@ -490,7 +490,9 @@ def test_a_batch_of_several_types_is_in_units_of_one():
     assert pixels.dtype == torch.float32 and torch.allclose(pixels, torch.tensor(0.2)) and labels.tolist() == [1, 2]
 
 
-def test_measured_means_weigh_pixels_and_stand_far_from_zero():
+@pytest.mark.parametrize("part", [1, 40, measure.PART])
+def test_measured_means_weigh_pixels_and_stand_far_from_zero(part, monkeypatch):
+    monkeypatch.setattr(measure, "PART", part)
     images = [1e4 + values(i, 2, "float32", (5 + i, 7)) for i in range(4)]
     mean, std = measure.measure(torch.from_numpy(image).permute(2, 0, 1) for image in images)
     everything = np.concatenate([image.reshape(-1, 2) for image in images]).astype(np.float64)
@@ -508,6 +510,19 @@ def test_a_sample_is_evenly_spaced_and_a_constant_channel_has_std_1(tmp_path, mo
     assert found.mean == pytest.approx((3 / 255, 0.2), abs=1e-7) and found.std[1] == 1.0
     assert found.std[0] == pytest.approx(np.std([0, 3, 6]) / 255, abs=1e-7) and images.bands is found
     assert any("channels [1] have one value" in line for line in lines) and any(found.statistics() in s for s in lines)
+
+
+@pytest.mark.parametrize(("n_values", "n_images"), [(20 * 32, 20), (1, 16)])
+def test_of_large_images_fewer_are_measured(tmp_path, monkeypatch, n_values, n_images):
+    monkeypatch.setattr(measure, "N_VALUES", n_values)
+    for i in range(40):
+        np.save(tmp_path / f"{i:02d}.npy", np.full((4, 8, 1), i * 5, np.uint8))
+    images = Images(list_images(tmp_path, reader(1).endings), eval_transform(32), bands=reader(1))
+    with project_log() as lines:
+        found = measure.settle(reader(1), Dist(torch.device("cpu")), "cpu", images)
+    taken = [5 / 255 * (i * 40 // n_images) for i in range(n_images)]
+    assert found.mean == pytest.approx([np.mean(taken)]) and found.std == pytest.approx([np.std(taken)])
+    assert any(f"measured on {n_images} training images" in line for line in lines)
 
 
 def test_a_constant_channel_has_std_1_whatever_rounding_leaves(tmp_path):

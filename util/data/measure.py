@@ -14,7 +14,10 @@ from util.dist import Dist, on_main
 from util.errors import UserError
 from util.log import log
 
-N_MEASURED = 1000  # images that mean and deviation are measured on, at most
+# what mean and deviation are measured on: images, at most; and values of them all, of which 16 images may have more.
+# The other ranks wait meanwhile, for --dist_timeout at most
+N_MEASURED, N_VALUES = 1000, 2**30
+PART = 2**22  # values at a time: float64 takes several times the memory of an image
 
 
 def chosen(options: DataOptions | argparse.Namespace, transform: object = None) -> Bands:
@@ -53,7 +56,8 @@ def settle(bands: Bands, env: Dist, decoder: str, *datasets) -> Bands:
     """Give the `datasets` (Images or Streams) their bands, with type, mean and deviation of the first of them.
 
     ImageNet's for 3 channels of uint8, else measured by rank 0 over all pixels of up to 1,000 images, evenly spaced (of
-    a stream the first ones). Raises UserError, on all ranks, where first images, or the recipe, are of another kind.
+    a stream the first ones), fewer where they have more than a million values each. Raises UserError, on all ranks,
+    where first images, or the recipe, are of another kind.
     """
     if bands.pixel_type != "rgb":
         for dataset in datasets:
@@ -68,10 +72,9 @@ def settle(bands: Bands, env: Dist, decoder: str, *datasets) -> Bands:
 
 
 def _with_statistics(bands: Bands, dataset, *others) -> Bands:
-    images = _pixels(dataset)
-    first = next(images)
+    first = next(_pixels(dataset, 1))
     for other in others:  # an epoch later would be late
-        next(_pixels(other), None)
+        next(_pixels(other, 1), None)
     told, bands = bands.pixel_type, replace(bands, pixel_type=str(first.dtype).removeprefix("torch."))
     if told in TYPES and told != bands.pixel_type:
         log.warning(
@@ -82,22 +85,23 @@ def _with_statistics(bands: Bands, dataset, *others) -> Bands:
         return bands
     if bands.in_chans == 3 and first.dtype == torch.uint8:
         return replace(bands, mean=RGB.mean, std=RGB.std)
-    mean, std = measure(itertools.chain([first], images))
+    n = min(N_MEASURED, max(N_VALUES // first.numel(), 16))
+    mean, std = measure(_pixels(dataset, n))
     # less than float32 resolves: all that rounding leaves
     if constant := [i for i, (m, s) in enumerate(zip(mean, std, strict=True)) if s <= 1e-7 * abs(m)]:
         log.warning(f"channels {constant} have one value in all measured images: their std is taken as 1")
-    log.info(f"mean and std are measured on {min(N_MEASURED, len(dataset))} training images")
+    log.info(f"mean and std are measured on {min(n, len(dataset))} training images")
     return replace(bands, mean=mean, std=tuple(1.0 if i in constant else value for i, value in enumerate(std)))
 
 
-def _pixels(dataset) -> Iterable[torch.Tensor]:
-    """Whole images [C, H, W], up to N_MEASURED of them; of broken ones no note is taken."""
+def _pixels(dataset, n: int) -> Iterable[torch.Tensor]:
+    """Whole images [C, H, W], up to `n` of them; of broken ones no note is taken."""
     view = copy.copy(dataset)
     view.transform = _untouched
     if hasattr(view, "iterate"):
-        items = itertools.islice(view.iterate(0), N_MEASURED)
+        items = itertools.islice(view.iterate(0), n)
     else:
-        view.bad, n = torch.zeros_like(dataset.bad), min(N_MEASURED, len(dataset))
+        view.bad, n = torch.zeros_like(dataset.bad), min(n, len(dataset))
         items = (view[i * len(dataset) // n] for i in range(n))
     return (pixels for pixels, *_ in items)
 
@@ -111,10 +115,11 @@ def measure(images: Iterable[torch.Tensor]) -> tuple[tuple[float, ...], tuple[fl
     0..1, to 7 digits.
     """
     count, mean, squares = 0, 0.0, 0.0
-    for pixels in images:
+    parts = (part for pixels in images for part in pixels.split(max(PART // pixels[:, 0].numel(), 1), dim=1))
+    for pixels in parts:
         values = pixels.double().flatten(1) / TOP[pixels.dtype]
         n, own = values.shape[1], values.mean(dim=1)
-        # image by image (Chan et al. 1979): sums of squares would lose the digits of values far from 0
+        # part by part (Chan et al. 1979): sums of squares would lose the digits of values far from 0
         step = own - mean
         squares = squares + (values - own[:, None]).square().sum(dim=1) + step.square() * (count * n / (count + n))
         count, mean = count + n, mean + step * (n / (count + n))
