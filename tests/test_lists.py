@@ -321,6 +321,7 @@ def test_pretraining_takes_the_same_images_from_a_txt_a_csv_and_a_folder(photos,
     assert "20 training images, so another order (was 24)" in said
 
 
+@pytest.mark.slow
 def test_two_ranks_train_from_a_list(photos):
     args = ("--device", "cpu", *PRETRAIN, "--epochs", 1, "--output_dir", "", "--log_dir", "")
     said = torchrun("main_pretrain.py", *args, "--data_path", photos.root / "train.csv").stdout

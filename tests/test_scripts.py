@@ -205,6 +205,7 @@ def test_resumed_run_ends_bit_for_bit_as_the_one_without_a_stop(name, request, t
     assert log_txt(tmp_path) == log_txt(whole.folder)[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_number_of_workers_does_not_change_the_weights(name, request, tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)  # else a small machine caps them
@@ -213,6 +214,7 @@ def test_number_of_workers_does_not_change_the_weights(name, request, tmp_path, 
     assert_same_end(tmp_path / whole.last.name, whole.last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_gradient_checkpointing_does_not_change_the_weights(name, request, tmp_path):
     # stochastic depth, too, is drawn the same way when a block is computed again

@@ -554,6 +554,7 @@ def test_init_of_an_encoder_starts_other_variants_too(trained, images, tmp_path)
     assert state["model"]["decoder_target.components"].any() and state["model"]["decoder_embed.weight"].shape[0] == 32
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_components(images, tmp_path):
     torchrun(
         "main_pretrain.py", "--data_path", images, "--model", "mae_vit_tiny_patch4", "--input_size", 16,

@@ -144,6 +144,7 @@ def test_log_and_json_lines_have_them_too(watched):
     assert "chance 33.333" in said and "grad_norm: " in said and "to compare the loss with" in said
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing(watched, images, tmp_path):
     out = tmp_path / "unwatched"
     options = (*TINY, "--data_path", images, "--epochs", 2, "--num_workers", 0, "--output_dir", out, "--log_dir", "")
