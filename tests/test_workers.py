@@ -70,6 +70,31 @@ def test_a_connection_that_breaks_before_the_death_is_seen_is_that_death():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
 
+class Lingers:
+    """An object whose destructor takes long: what a signal handler raises meanwhile, Python drops."""
+
+    def __del__(self):
+        time.sleep(1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("error", [None, EOFError(), OSError(104, "Connection reset by peer"), KeyError("w")])
+def test_a_death_while_a_destructor_runs_is_told_all_the_same(error):
+    class Unheard(Kept):
+        def __iter__(self):
+            yield next(super().__iter__())
+            self.kill_one()
+            Lingers()
+            if error is not None:
+                raise error
+            yield "a batch of the other worker"
+
+    start, seen = time.monotonic(), []
+    with pytest.raises(FailedError, match="is killed by signal"):
+        seen += list(batches(Unheard()))
+    assert not seen and time.monotonic() - start < 10
+
+
 def test_other_errors_of_the_disk_stay_as_they_are():
     def broken():
         yield 1

@@ -124,12 +124,23 @@ def _deaths_raise() -> Iterator[None]:
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
+    deaths = []
+
+    def raise_death(*_) -> None:
+        try:
+            _error_if_any_worker_fails()
+        except RuntimeError as death:
+            deaths.append(death)  # torch tells of it once, and Python drops what is raised while a destructor runs
+            raise
+
+    signal.signal(signal.SIGCHLD, raise_death)
     try:
         _error_if_any_worker_fails()
         yield
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's comes with the first workers
+        if deaths:
+            raise deaths[0]
 
 
 def _reason(error: Exception) -> Exception:
