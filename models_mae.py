@@ -258,7 +258,8 @@ class MaskedAutoencoderViT(nn.Module):
 
 # 1e-6 as ViT's official code; torch's own is 1e-5, which released weights would feel
 _mae = partial(MaskedAutoencoderViT, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-# base, large and huge have ViT's sizes (Dosovitskiy et al. 2020, table 1). The decoder: 512 wide, 8 blocks, or tiny
+# base to huge are ViT's sizes (Dosovitskiy et al. 2020, table 1), 2b and 6b those of MAWS (Singh et al. 2023), whose
+# files are called 2b14 and 6.5b14. The decoder: 512 wide, 8 blocks, or tiny
 _tiny_decoder = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 4}
 mae_vit_tiny_patch4 = partial(_mae, img_size=32, patch_size=4, embed_dim=64, depth=4, num_heads=4, **_tiny_decoder)
 mae_vit_tiny_patch8 = partial(_mae, img_size=96, patch_size=8, embed_dim=64, depth=4, num_heads=4, **_tiny_decoder)
@@ -267,6 +268,8 @@ mae_vit_small_patch16 = partial(_mae, patch_size=16, embed_dim=384, depth=12, nu
 mae_vit_base_patch16 = partial(_mae, patch_size=16, embed_dim=768, depth=12, num_heads=12)
 mae_vit_large_patch16 = partial(_mae, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
 mae_vit_huge_patch14 = partial(_mae, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
+mae_vit_2b_patch14 = partial(_mae, patch_size=14, embed_dim=2560, depth=24, num_heads=32)
+mae_vit_6b_patch14 = partial(_mae, patch_size=14, embed_dim=4096, depth=32, num_heads=32)
 # the same three under the original's long names
 mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16
 mae_vit_large_patch16_dec512d8b = mae_vit_large_patch16

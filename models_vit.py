@@ -147,6 +147,8 @@ vit_small_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=384, dep
 vit_base_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=768, depth=12, num_heads=12)
 vit_large_patch16 = partial(VisionTransformer, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
 vit_huge_patch14 = partial(VisionTransformer, patch_size=14, embed_dim=1280, depth=32, num_heads=16)
+vit_2b_patch14 = partial(VisionTransformer, patch_size=14, embed_dim=2560, depth=24, num_heads=32)
+vit_6b_patch14 = partial(VisionTransformer, patch_size=14, embed_dim=4096, depth=32, num_heads=32)
 
 # --model NAME -> builder: every one above
 MODELS = {name: builder for name, builder in globals().items() if name.startswith("vit_")}

@@ -16,6 +16,7 @@ import models_vit
 from models_mae import MaskedAutoencoderViT, check_mask_ratio, kept_patches
 from models_vit import VisionTransformer
 from util.errors import UserError
+from util.weights.checkpoint import is_decoder
 
 MAE_FILES = ["mae_pixel", "mae_norm_pixel"]
 VIT_FILES = ["vit_global_pool", "vit_cls_token"]
@@ -228,6 +229,23 @@ def test_every_name_people_use_builds_the_paper_s_model():
             check_encoder(model, width, depth, heads, patch)
         for builder in (models_vit.MODELS[f"vit_{size}"], getattr(models_vit, f"vit_{size}")):
             check_encoder(on_meta(builder), width, depth, heads, patch)
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "depth", "encoder"),
+    [("2b_patch14", 2560, 24, 1_890_408_960), ("6b_patch14", 4096, 32, 6_447_632_384)],
+)
+def test_the_sizes_of_maws(size, width, depth, encoder):
+    model = on_meta(models_mae.MODELS[f"mae_vit_{size}"])
+    check_encoder(model, width, depth, 32, 14)
+    assert model.decoder_embed.out_features == 512 and len(model.decoder_blocks) == 8
+    # in closed form: per block 12 matrices of width^2, biases of 9 widths, two norms; patches, positions, token, norm
+    by_hand = depth * (12 * width**2 + 13 * width) + (14 * 14 * 3 + 1 + 257 + 1 + 2) * width
+    assert by_hand == encoder
+    assert sum(p.numel() for name, p in model.named_parameters() if not is_decoder(name)) == encoder
+    classifier = on_meta(models_vit.MODELS[f"vit_{size}"], num_classes=1000, global_pool=True)
+    check_encoder(classifier, width, depth, 32, 14)
+    assert sum(p.numel() for p in classifier.parameters()) == encoder + 1000 * (width + 1)
 
 
 def check_encoder(model: nn.Module, width: int, depth: int, heads: int, patch: int) -> None:

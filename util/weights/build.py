@@ -43,9 +43,11 @@ def _released() -> dict[str, Released]:
         add(f"mae_visualize_vit_{size}.pth", "visualize", f"mae_{model}")
         add(f"mae_finetuned_vit_{size}.pth", "finetune", model)
     add("mae_visualize_vit_large_ganloss.pth", "visualize", "mae_vit_large_patch16")
-    for name, model in (("b16", "base_patch16"), ("l16", "large_patch16"), ("h14", "huge_patch14")):
-        url = f"{MAWS}pretrain/mae/vit_{name}.pt"
-        files[f"vit_{name}.pt"] = Released(url, f"mae_vit_{model}")
+    maws = {"b16": "base_patch16", "l16": "large_patch16", "h14": "huge_patch14", "2b14": "2b_patch14"}
+    for name, model in {**maws, "6.5b14": "6b_patch14"}.items():
+        files[f"vit_{name}.pt"] = Released(f"{MAWS}pretrain/mae/vit_{name}.pt", f"mae_vit_{model}")
+    # of ImageNet-1K alone: the folder tells it from the file of the same name
+    files["mae_in1k/vit_2b14.pt"] = Released(f"{MAWS}pretrain/mae_in1k/vit_2b14.pt", "mae_vit_2b_patch14")
     return files
 
 
