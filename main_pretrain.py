@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
     num_workers = workers.available_workers(args.num_workers, env)
     train_loader = loader.train_loader(dataset, sampler, num_workers, args.pin_mem, args.decode, args.loader_timeout)
     watch = Watch(
-        env, None if args.dataset else args.data_path, dataset, args.input_size, amp=args.amp,
+        env, args.data_path, dataset, args.input_size, name=args.dataset, val_path=args.val_path, amp=args.amp,
         mask_ratio=args.mask_ratio, picture_every=args.picture_every, knn_every=args.knn_every, num_workers=num_workers,
     )  # fmt: skip
     log.info(f"{len(dataset)} training images, {len(train_loader)} batches an epoch")

@@ -5,17 +5,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import test_transfer
 import torch
 from helpers import ON_CPU, assert_same, load, project_log, run, torchrun, write_image_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 import models_mae
+from util.data import transfer
 from util.data.datasets import Images
 from util.data.listing import list_images
 from util.dist import Dist
 from util.errors import UserError
-from util.look.features import knn_accuracy
+from util.look.features import from_files, knn_accuracy
 from util.look.watch import Watch, _labelled_files, mean_image_loss
 from util.run.report import TensorBoard
 from util.run.run_log import RunLog
@@ -285,14 +287,81 @@ def test_pictures_of_a_hub_s_images_are_not_looked_for_where_the_caller_stands(i
     assert list(watcher.pictured.dataset.source) == files
 
 
+@pytest.fixture
+def listed(images, tmp_path):
+    """The same images in lists, in an order of their own, with labels."""
+    for split in ("train", "val"):
+        files = sorted((images / split).rglob("*.png"), key=lambda path: path.name[::-1])
+        (tmp_path / f"{split}.csv").write_text("".join(f"{path},{path.parent.name}\n" for path in files))
+    return tmp_path
+
+
+def knn(*data, out):
+    run("main_pretrain.py", *TINY, *data, "--epochs", 1, "--num_workers", 0, "--lr", 0, "--output_dir", out,
+        "--log_dir", out, "--knn_every", 1, "--picture_every", 1)  # fmt: skip
+    picture = events(out).Images("reconstructions")[0].encoded_image_string
+    return json.loads((out / "log.txt").read_text())["knn_acc1"], picture
+
+
+def test_lists_have_the_neighbours_and_pictures_of_the_same_folders(images, listed, tmp_path):
+    lists = ("--data_path", listed / "train.csv", "--val_path", listed / "val.csv")
+    accuracy, picture = knn(*lists, out=tmp_path / "lists")
+    assert accuracy == pytest.approx(knn("--data_path", images, out=tmp_path / "folders")[0])
+    watcher = watch(images, val_path=str(listed / "val.csv"))
+    seen = [watcher.pictured.dataset.source[i][0] for i in watcher.pictured.indices]
+    assert len(seen) == 8 and all("/val/" in path for path in seen), "pictures alone take them from there, too"
+
+
+@pytest.mark.parametrize("name", ["inat2019", "places205"])
+def test_neighbours_of_a_published_set(name, tmp_path):
+    (tmp_path / "set").mkdir()
+    test_transfer.WRITERS[name](tmp_path / "set")
+    files = transfer.labelled(name, str(tmp_path / "set"), ("train", "val"), 11, True, False)
+    watcher = Watch(
+        CPU, str(tmp_path / "set"), Images(files[0], pretrain_transform(16, 0.5, 0.5)), 16, name=name, mask_ratio=0.75,
+        amp="off", picture_every=1, knn_every=1, num_workers=0,
+    )  # fmt: skip
+    assert [list(part) for part in watcher.knn_files] == [list(part) for part in files[:2]]
+    messages, (seen, _) = said_after(watcher, tmp_path / "board")
+    own = [(mae().encode(from_files([path for path, _ in part], mae()))[1].mean((2, 3)).detach(),
+            torch.tensor([label for _, label in part])) for part in files[:2]]  # fmt: skip
+    assert seen["knn_acc1"] == pytest.approx(knn_accuracy(*own, k=1))
+    assert any("12 training and 5 validation images" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"root": "train.csv"}, "--val_path: not given"),
+        ({"root": "train.csv", "val_path": "none.csv"}, "none.csv"),
+        ({"root": "train.csv", "val_path": "plain.csv"}, "plain.csv, line 1"),
+        ({"root": "train.csv", "val_path": "other.csv"}, "no line of train.csv has the label 'yak'"),
+        ({"root": "images", "val_path": "val.csv"}, "images is no list"),
+        ({"root": "images", "name": "inat2018", "val_path": "val.csv"}, "leave one of them out"),
+        ({"root": "images", "name": "inat2018"}, "train2018.json"),
+        ({"root": "images", "name": "wds/some"}, "not --dataset wds/some"),
+    ],
+)
+def test_neighbours_of_lists_that_do_not_fit_are_refused(options, said, images, listed, monkeypatch):
+    monkeypatch.chdir(listed)
+    (listed / "images").symlink_to(images)
+    (listed / "plain.csv").write_text("a.png\n")
+    (listed / "other.csv").write_text("a.png,yak\n")
+    dataset = Images(list_images(images / "train"), pretrain_transform(16, 0.5, 0.5))
+    settings = dict(mask_ratio=0.75, amp="off", picture_every=0, knn_every=1, num_workers=0)
+    with pytest.raises(UserError, match=f"--knn_every.*{said}"):
+        Watch(CPU, options.pop("root"), dataset, 16, **settings, **options)
+
+
 def test_more_processes_than_images_are_refused_before_training(images):
-    with pytest.raises(ValueError, match="each of 13 processes, but .* has 24 in train/ and 12 in val/"):
+    with pytest.raises(ValueError, match="each of 13 processes, but there are 24 to train on and 12 to validate on"):
         watch(images, Dist(torch.device("cpu"), world_size=13), knn_every=1)
     watch(images, Dist(torch.device("cpu"), world_size=12), knn_every=1)
 
 
 def test_what_does_not_divide_by_the_ranks_is_left_out_of_all_classes(images):
-    train, val = _labelled_files(images, world_size=5)
+    dataset = Images(list_images(images / "train"), pretrain_transform(16, 0.5, 0.5))
+    train, val = _labelled_files(str(images), "", None, dataset, world_size=5)
     assert (len(train), len(val)) == (20, 10)
     assert max(Counter(label for _, label in train).values()) == 7
     assert min(Counter(label for _, label in val).values()) == 3

@@ -245,7 +245,11 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
         help="epochs between reconstructions of 8 fixed images in TensorBoard, from val/ or else train/; 0: none",
     )  # fmt: skip
     add("--knn_every", default=0, type=count, metavar="EPOCHS",
-        help="epochs between k-NN accuracies; needs train/<class>/ and val/<class>/; 0: none")  # fmt: skip
+        help="epochs between k-NN accuracies; needs train/<class>/ and val/<class>/, lists with labels, or one of the "
+        "published sets; 0: none")  # fmt: skip
+    add("--val_path", default=None, type=path, metavar="FILE",
+        help="a list of files to look at for the two above, in the place of val/; with labels for --knn_every, where "
+        "--data_path is a .csv list with labels")  # fmt: skip
 
 
 def add_classifier_options(parser: argparse.ArgumentParser, *, global_pool: bool) -> None:

@@ -142,7 +142,7 @@ class Listing:
 
 
 def classification_files(
-    data_path: str | None, nb_classes: int, with_train: bool, endings: tuple[str, ...] = IMG_EXTENSIONS
+    data_path: str | None, nb_classes: int | None, with_train: bool, endings: tuple[str, ...] = IMG_EXTENSIONS
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Folder with train/ and val/ -> (train files, val files); train is empty without `with_train`.
 
@@ -162,7 +162,7 @@ def classification_files(
             f"train and val have different class folders: {len(only_train)} only in train {only_train[:3]}, "
             f"{len(only_val)} only in val {only_val[:3]}"
         )
-    if len(classes) != nb_classes:
+    if nb_classes not in (None, len(classes)):
         raise UserError(f"--nb_classes {nb_classes}, but the data has {len(classes)} class folders: pass that number")
     return train_files, val_files
 

@@ -41,7 +41,7 @@ def unlabelled(path: str, skip_bad: bool) -> PackedFiles:
 
 
 def labelled(
-    train_path: str | None, val_path: str | None, nb_classes: int, with_train: bool, skip_bad: bool
+    train_path: str | None, val_path: str | None, nb_classes: int | None, with_train: bool, skip_bad: bool
 ) -> tuple[PackedFiles | None, PackedFiles, list[str]]:
     """Two lists -> (files to train on, None unless `with_train`; files to validate on; class names in label order).
 
@@ -83,7 +83,7 @@ def tell_empty(train: PackedFiles | None, val: PackedFiles, names: list[str]) ->
             log.warning(f"{empty.size} of {len(names)} classes have no image to {what}, as {shown(names[empty[0]])}")
 
 
-def _classes(codes: dict[str, int], lists: "list[FileList]", nb_classes: int) -> tuple[np.ndarray, list[str]]:
+def _classes(codes: dict[str, int], lists: "list[FileList]", nb_classes: int | None) -> tuple[np.ndarray, list[str]]:
     """Labels in the order of their appearance in `lists` -> (the number of each, class names in label order)."""
     of = " and ".join(printable(one.path) for one in lists)
     if all(re.fullmatch("-?[0-9]{1,18}", label, re.ASCII) for label in codes):
@@ -92,13 +92,14 @@ def _classes(codes: dict[str, int], lists: "list[FileList]", nb_classes: int) ->
             if int(label) < 0:
                 first = next(filter(None, (one.line_of(label) for one in lists)))
                 raise UserError(f"{first}: label {label}, but class numbers count from 0")
+        nb_classes = nb_classes or int(numbers.max()) + 1
         # an evaluation need not meet the last classes
         if numbers.max() >= nb_classes or (len(lists) > 1 and numbers.max() + 1 < nb_classes):
             words = f"the class numbers of {of} go up to {numbers.max()}: pass --nb_classes {numbers.max() + 1}"
             raise UserError(f"--nb_classes {nb_classes}, but {words}")
         return numbers, [str(number) for number in range(nb_classes)]
     names = sorted(codes)
-    if len(names) != nb_classes:
+    if nb_classes not in (None, len(names)):
         hint = "" if len(lists) > 1 else ", or name the list of training as --data_path, if it has more"
         some = ", ".join(map(shown, names[:5])) + ", ..." * (len(names) > 5)
         words = f"{len(names)} labels: pass that number{hint}, or mend the list. They are {some}"

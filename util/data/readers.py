@@ -6,7 +6,7 @@ their order and augmentation come from (seed, epoch), but change with the number
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from util.log import log
 
 STREAMS = ("wds", "hfids", "tfds")
 KINDS = ("tar", "hfds", *STREAMS)
+Files = Sequence[tuple[str, int]]  # (path, label)
 
 
 class ReaderSource:
@@ -141,21 +142,16 @@ def labelled_images(
     do not fit one another or `nb_classes`.
     """
     train_transform, val_transform = transforms
-    if name and val_path:
-        raise UserError("--val_path is a list beside another, and --dataset has its own splits: leave one of them out")
     if not name or name in transfer.SETS:
         with_train = train_transform is not None
-        if name:
-            files = transfer.labelled(name, root, splits, nb_classes, with_train, skip_bad)
-        elif val_path or lists.is_list(root):
-            files = lists.labelled(root, val_path, nb_classes, with_train, skip_bad)
-        else:
-            files = _labelled_folders(root, nb_classes, with_train, endings)
-        train_files, val_files, classes = files
+        train_files, val_files, classes = labelled_files(
+            root, name, splits, nb_classes, with_train, skip_bad, val_path, endings
+        )
         train_set = Images(train_files, train_transform, seed, skip_bad) if with_train else None
         val_set = Images(val_files, val_transform, seed, skip_bad)
         val_set.classes = classes
         return train_set, val_set
+    _check_val_path(name, val_path)
     options = {"seed": seed, "skip_bad": skip_bad, "nb_classes": nb_classes}
     val_env = env if sharded else Dist(env.device)
     val_set = _open(name, root, splits[1], val_transform, val_env, training=False, **options)
@@ -164,8 +160,29 @@ def labelled_images(
     return _open(name, root, splits[0], train_transform, env, training=True, **options), val_set
 
 
+def labelled_files(
+    root: str | None, name: str, splits: tuple[str, str], nb_classes: int | None, with_train: bool, skip_bad: bool,
+    val_path: str | None = None, endings: tuple[str, ...] = IMG_EXTENSIONS,
+) -> tuple[Files | None, Files, list[str]]:  # fmt: skip
+    """(Files to train on, None or empty unless `with_train`; to validate on; class names in label order), from folders,
+    lists or, with `name`, two `splits` of a published set; see `labelled_images`. `nb_classes` None: as many as there
+    are.
+    """
+    _check_val_path(name, val_path)
+    if name:
+        return transfer.labelled(name, root, splits, nb_classes, with_train, skip_bad)
+    if val_path or lists.is_list(root):
+        return lists.labelled(root, val_path, nb_classes, with_train, skip_bad)
+    return _labelled_folders(root, nb_classes, with_train, endings)
+
+
+def _check_val_path(name: str, val_path: str | None) -> None:
+    if name and val_path:
+        raise UserError("--val_path is a list beside another, and --dataset has its own splits: leave one of them out")
+
+
 def _labelled_folders(
-    root: str | None, nb_classes: int, with_train: bool, endings: tuple[str, ...]
+    root: str | None, nb_classes: int | None, with_train: bool, endings: tuple[str, ...]
 ) -> tuple[list, list, list[str]]:
     """Folder with train/ and val/ -> (files to train on; to validate on; class names in label order)."""
     train_files, val_files = classification_files(root, nb_classes, with_train, endings)

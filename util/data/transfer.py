@@ -45,7 +45,7 @@ def unlabelled(name: str, root: str | None, split: str, skip_bad: bool) -> Packe
 
 
 def labelled(
-    name: str, root: str | None, splits: tuple[str, str], nb_classes: int, with_train: bool, skip_bad: bool
+    name: str, root: str | None, splits: tuple[str, str], nb_classes: int | None, with_train: bool, skip_bad: bool
 ) -> tuple[PackedFiles | None, PackedFiles, list[str]]:
     """(Files to train on, None unless `with_train`; files to validate on; category names in label order).
 
@@ -62,7 +62,7 @@ def labelled(
                 words = f"category {number} is {shown(names[number])} in one and {shown(text)} in the other"
                 raise UserError(f"{' and '.join(printable(one.source) for one in parts)} are not of one set: {words}")
     n_classes = max(names) + 1
-    if n_classes != nb_classes:
+    if nb_classes not in (None, n_classes):
         raise UserError(f"--nb_classes {nb_classes}, but {name} has {n_classes} categories here: pass that number")
     for part in parts:
         check_there(part.files, part.source, skip_bad)

@@ -11,11 +11,12 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from models_mae import MaskedAutoencoderViT
-from util.data.bands import RGB, collate
+from util.data import lists, readers, transfer
+from util.data.bands import collate
 from util.data.datasets import Images
-from util.data.listing import list_classes, list_images
+from util.data.listing import list_images
 from util.data.loader import DeviceLoader, eval_loader, normalise
-from util.data.readers import Stream
+from util.data.readers import Files, Stream
 from util.dist import Dist, gather, gather_on_all
 from util.errors import UserError
 from util.log import log
@@ -29,40 +30,43 @@ N_PICTURES = 8
 N_MEAN = 256  # images that the mean image is computed from
 N_TRAIN, N_VAL = 20_000, 5_000  # images for nearest neighbours, at most
 PATIENCE = 10  # epochs; small data sets rest at the mean image for some before they learn
-Files = list[tuple[str, int]]
 
 
 class Watch:
     """Looks at the model after each epoch, once that is saved; changes nothing of the training, and never ends it: what
     raises an exception, as pictures do of a model that predicts no pixels, is off from there on, with a warning.
 
-    `picture_every` and `knn_every` are in epochs, 0 for never. `folder` is what may have train/ and val/, None for
-    images that come from elsewhere. Raises UserError where nearest neighbours are asked for and it has no class
-    folders, or too few images. Of a stream it shows nothing.
+    `picture_every` and `knn_every` are in epochs, 0 for never. `root` (--data_path), `name` (--dataset) and `val_path`
+    are where the training images and those to look at are; see readers.py. Raises UserError where nearest neighbours
+    are asked for and images have no labels, or are too few. Of a stream it shows nothing.
     """
 
     def __init__(
-        self, env: Dist, folder: str | None, dataset: Images | Stream, size: Size, *, mask_ratio: float, amp: str,
-        picture_every: int, knn_every: int, num_workers: int,
+        self, env: Dist, root: str | None, dataset: Images | Stream, size: Size, *, mask_ratio: float, amp: str,
+        picture_every: int, knn_every: int, num_workers: int, name: str = "", val_path: str | None = None,
     ) -> None:  # fmt: skip
         self.env, self.dataset, self.size, self.mask_ratio = env, dataset, size, mask_ratio
         self.dtype, self.num_workers = autocast_dtype(amp, env.device), num_workers
         self.picture_every, self.knn_every = picture_every, knn_every
-        if knn_every and not folder:
-            raise UserError("--knn_every needs class folders below --data_path, not --dataset: leave it out")
-        self.knn_files = _labelled_files(Path(folder), env.world_size, dataset.bands.endings) if knn_every else None
-        self.pictured = None if isinstance(dataset, Stream) else self._pictured(folder)
+        source = root, name, val_path, dataset
+        self.knn_files = _labelled_files(*source, env.world_size) if knn_every else None
+        self.pictured = None if isinstance(dataset, Stream) else self._pictured(*source)
         self.mean_image_loss: float | None = None
         self.losses: list[float] = []
         self.off: set[str] = set()
 
-    def _pictured(self, folder: str | None) -> Dataset:
-        """A few images of val/, or of what is trained on."""
-        images = _view(self.dataset, eval_transform(self.size))
-        if folder:
+    def _pictured(self, root: str | None, name: str, val_path: str | None, dataset: Images) -> Dataset:
+        """A few images of those to validate on, or else of what is trained on."""
+        images, files = _view(dataset, eval_transform(self.size)), None
+        if self.knn_files:
+            files = self.knn_files[1]
+        elif val_path:
+            files = lists.unlabelled(val_path, dataset.skip_bad)
+        elif root and not name:
             with contextlib.suppress(UserError):  # no such folder, or an empty one
-                files = list_images(Path(folder) / "val", self.dataset.bands.endings)
-                images = Images(files, eval_transform(self.size), skip_bad=True, bands=self.dataset.bands)
+                files = list_images(Path(root) / "val", dataset.bands.endings)
+        if files:
+            images = Images(files, eval_transform(self.size), skip_bad=True, bands=dataset.bands)
         return Subset(images, _evenly(range(len(images)), N_PICTURES))
 
     def after_epoch(self, epoch: int, model: MaskedAutoencoderViT, loss: float, run_log: RunLog) -> dict[str, float]:
@@ -172,17 +176,27 @@ def mean_image_loss(model: MaskedAutoencoderViT, imgs: torch.Tensor) -> float:
     return model.forward_loss(imgs, mean_of_others, torch.ones(target.shape[:2], device=imgs.device)).item()
 
 
-def _labelled_files(root: Path, world_size: int, endings: tuple[str, ...] = RGB.endings) -> tuple[Files, Files]:
-    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+def _labelled_files(
+    root: str | None, name: str, val_path: str | None, dataset: Images | Stream, world_size: int
+) -> tuple[Files, Files]:
+    """(Images to compare with, images to judge), at most N_TRAIN and N_VAL, as many for each rank."""
+    if name and name not in transfer.SETS:
+        raise UserError(
+            f"--knn_every needs class folders, lists with labels or one of {', '.join(transfer.SETS)}, not --dataset "
+            f"{name}: leave it out"
+        )
+    if not (name or val_path or lists.is_list(root) or all((Path(root) / part).is_dir() for part in ("train", "val"))):
         raise UserError(f"--knn_every needs class folders, {root}/train/<class>/ and {root}/val/<class>/: leave it out")
-    train, classes = list_classes(root / "train", endings)
-    val, val_classes = list_classes(root / "val", endings)
-    if classes != val_classes:
-        raise UserError(f"--knn_every: train and val of {root} have different class folders, so that no label agrees")
+    try:
+        train, val, _ = readers.labelled_files(
+            root, name, ("train", "val"), None, True, dataset.skip_bad, val_path, dataset.bands.endings
+        )
+    except UserError as error:
+        raise UserError(f"--knn_every: {error.message}") from error
     if min(len(train), len(val)) < world_size:
         raise UserError(
-            f"--knn_every needs an image for each of {world_size} processes, but {root} has {len(train)} in train/ and "
-            f"{len(val)} in val/: leave it out, or add images"
+            f"--knn_every needs an image for each of {world_size} processes, but there are {len(train)} to train on "
+            f"and {len(val)} to validate on: leave it out, or add images"
         )
     # the same number for each rank
     sizes = (min(n, len(files)) // world_size * world_size for n, files in ((N_TRAIN, train), (N_VAL, val)))
