@@ -19,7 +19,7 @@ from util.run.run import Run
 from util.run.start import begin
 from util.step import Step, autocast_dtype
 from util.transforms import pretrain_transform
-from util.weights import build, checkpoint
+from util.weights import checkpoint
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     rng.seed_init(args.seed)  # the same weights on all ranks, made on the CPU so that they don't depend on the device
     model, starts = build_model(args, env.device), not will_resume(env, args)
     if args.init and starts:  # a run that goes on brings all its weights
-        checkpoint.load_init(build.find(args.init), model)
+        checkpoint.load_init(args.init, model)
     model.to(env.device)
     target = getattr(model, "decoder_target", None)
     if hasattr(target, "prepare") and starts:  # PCA: fitted once, on rank 0, and kept in the checkpoint

@@ -10,10 +10,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import assert_same, project_log
+from helpers import assert_same, project_log, write_image_folder
 
 import main_finetune
 import main_linprobe
+import main_pretrain
 import models_mae
 import models_vit
 from util.errors import UserError
@@ -482,6 +483,30 @@ def test_every_released_file_is_found_with_and_without_its_ending(name, tmp_path
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).touch()  # a file of this name goes first
     assert build.find(name) == name and build.find("other.pth") == "other.pth"
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [(main_pretrain, "--init"), (main_pretrain, "--resume"), (main_finetune, "--finetune"), (main_finetune, "--resume"),
+     (main_linprobe, "--finetune")],
+)  # fmt: skip
+def test_the_scripts_take_a_released_file_by_its_name(script, option, tmp_path, monkeypatch):
+    """All options that take weights; what the run keeps tells the file itself."""
+    pretraining = script is main_pretrain
+    classifier = {"num_classes": 3, "global_pool": script is main_finetune}
+    made = models_mae.mae_vit_tiny_patch4() if pretraining else models_vit.vit_tiny_patch4(**classifier)
+    torch.save({"model": made.state_dict()}, tmp_path / "weights.pth")
+    released = build.Released(str(tmp_path / "weights.pth"), "mae_vit_tiny_patch4")
+    monkeypatch.setitem(build.RELEASED, "published.pth", released)
+    data, out = write_image_folder(tmp_path / "data", n_train=4, n_val=1), tmp_path / "run"
+    options = ["--model", f"{'mae_' * pretraining}vit_tiny_patch4", "--input_size", 32, "--data_path", data,
+               "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 4, "--num_workers", 0, "--lr", 0, "--device", "cpu",
+               option, "published", "--output_dir", out] + ["--nb_classes", 3] * (not pretraining)  # fmt: skip
+    script.main(script.get_args_parser().parse_args([str(value) for value in options]))
+    state = checkpoint.load(out / "checkpoint-0.pth")
+    assert state["args"][option[2:]] == released.url
+    name = "blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(state["model"][name], made.state_dict()[name], rtol=0, atol=1e-4)  # --min_lr moves it
 
 
 def test_the_table_of_released_files_is_that_of_the_readme():

@@ -256,7 +256,8 @@ def add_classifier_options(parser: argparse.ArgumentParser, *, global_pool: bool
     """What fine-tuning and the linear probe share."""
     add = parser.add_argument_group("classifier").add_argument
     add("--finetune", default="", type=path, metavar="FILE",
-        help="pretrained checkpoint to start from: a path, an https URL, hf://user/name or timm/name")  # fmt: skip
+        help="pretrained checkpoint to start from: a path, an https URL, a released file's name, hf://user/name or "
+        "timm/name")  # fmt: skip
     add("--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens")
     add("--cls_token", action="store_false", dest="global_pool",
         help=f"classify the class token (default: {'off' if global_pool else 'on'})")  # fmt: skip
@@ -288,7 +289,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, save_every: int) -> None
         help="a step whose loss or gradient is not finite is left out; at the second within 1000 optimizer steps: "
         "stop, skip it too, or go back to the last checkpoint and on with other images")  # fmt: skip
     add("--resume", default="", type=path, metavar="FILE",
-        help="checkpoint to continue: path, https URL, hf://user/name, or auto: the newest in output_dir")  # fmt: skip
+        help="checkpoint to continue: path, https URL, a released file's name, hf://user/name, or auto: the newest in "
+        "output_dir")  # fmt: skip
     add("--start_epoch", default=0, type=count, metavar="N", help="first epoch, where --resume does not tell it")
     _add_launch_options(group)
     add("--world_size", default=1, type=int, help="accepted for old command lines; the launcher decides")

@@ -136,7 +136,7 @@ def take_channels(env: Dist, args: argparse.Namespace) -> None:
     if not hasattr(args, "in_chans"):  # main_evaluate.py
         return
     going_on = will_resume(env, args)
-    source = args.resume if going_on else getattr(args, "finetune", "") or build.find(getattr(args, "init", ""))
+    source = args.resume if going_on else getattr(args, "finetune", "") or getattr(args, "init", "")
     told = on_main(env, lambda: source and _channels_of(source, args.output_dir))
     if not told:
         return

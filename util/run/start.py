@@ -17,6 +17,7 @@ from util import cli, options
 from util.dist import Dist, check_ranks_agree, gather_on_all, init_distributed, on_main
 from util.log import log, setup_logging
 from util.run import report, resume
+from util.weights import build
 
 PACKAGES = ("torchvision", "timm", "numpy", "pillow", "tensorboard")
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,9 @@ def begin(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Dist:
     setup_logging(env, args.output_dir)
     cli.warn_ineffective(args)
     log.info(options.table(args, parser))
+    for name in ("finetune", "init", "resume"):  # a released file's name becomes its URL, in checkpoints as well
+        if source := getattr(args, name, ""):
+            setattr(args, name, build.find(source))
     check_ranks_agree(env, cli.shared(args))
     on_main(env, lambda: report.check(getattr(args, "report_to", "none")))
     if not getattr(args, "eval", False):
