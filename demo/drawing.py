@@ -7,6 +7,7 @@ import base64
 import functools
 import io
 import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
@@ -57,7 +58,7 @@ class Opened:
     kind: str
 
 
-_loading = threading.Lock()
+_loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of each source
 # one thread for all visitors: each further one would keep memory and threads of its own for the model's arithmetic
 _computing = ThreadPoolExecutor(1)
 
@@ -81,8 +82,10 @@ def _opened(source: str) -> Opened:
 
 
 def opened(source: str) -> Opened:
-    """A checkpoint's model, loaded once for everybody; nobody changes it. Raises UserError."""
-    with _loading:
+    """A checkpoint's model, loaded once for everybody; nobody changes it. While one is fetched, which may take minutes,
+    others can be had. Raises UserError.
+    """
+    with _loading[source]:
         return _opened(source)
 
 
@@ -100,13 +103,20 @@ def random_mask(model: torch.nn.Module, percent: int, seed: int) -> list[bool]:
 
 
 def fitted_mask(removed: list[bool], grid: tuple[int, int], model: torch.nn.Module) -> list[bool]:
-    """A mask on `grid` (rows, columns) -> the nearest one on the model's own."""
+    """A mask on `grid` (rows, columns) -> the nearest one on the model's own; where only one patch is removed, or left,
+    and no centre falls into it, the patch that has its centre is.
+    """
     rows, columns = model.patch_embed.grid_size
-    return [
+    fitted = [
         removed[int((row + 0.5) / rows * grid[0]) * grid[1] + int((column + 0.5) / columns * grid[1])]
         for row in range(rows)
         for column in range(columns)
     ]
+    if (all(fitted) or not any(fitted)) and (not fitted[0]) in removed:
+        row, column = divmod(removed.index(not fitted[0]), grid[1])
+        place = int((row + 0.5) / grid[0] * rows) * columns + int((column + 0.5) / grid[1] * columns)
+        fitted[place] = not fitted[0]
+    return fitted
 
 
 @dataclass(frozen=True)
@@ -180,11 +190,13 @@ def row_of(drawing: Drawing, removed: list[bool], grid: tuple[int, int], first: 
     sources["masked"] = sources["original"]
     cells = "".join('<i class="h"></i>' if hidden else "<i></i>" for hidden in removed)
     style = f"grid-template: repeat({grid[0]}, 1fr) / repeat({grid[1]}, 1fr)"
-    paint = f'class="cells paint" data-rows="{grid[0]}" data-columns="{grid[1]}"' if first else 'class="cells"'
+    keys = 'tabindex="0" role="application" aria-label="Patches. Arrow keys move, space hides one or shows it again."'
+    paint = f'class="cells paint" data-rows="{grid[0]}" data-columns="{grid[1]}" {keys}' if first else 'class="cells"'
     over = {"masked": f'<div {paint} style="{style}">{cells}</div>'}
     figures = []
     for kind, caption in CAPTIONS.items():
-        save = f'<a href="{sources[kind]}" download="{kind}" title="save">&#8615;</a>' if kind in shown else ""
+        words = f'download="{kind}" title="save" aria-label="Save: {caption}"'
+        save = f'<a href="{sources[kind]}" {words}>&#8615;</a>' if kind in shown else ""
         figures.append(
             f"<figure{f' id={kind}' if first else ''}><figcaption><span>{caption}</span>{save}</figcaption>"
             f'<div class="pic" style="aspect-ratio: {width} / {height}">'

@@ -52,6 +52,16 @@ def number(value: object, low: int, high: int, what: str) -> int:
     return round(value)
 
 
+def settings(percent: object, seed: object) -> tuple[int, int]:
+    """What the two sliders say. A number typed beside one may be beyond its ends: the box then shows the end."""
+    values = []
+    for value, low, high, what in ((percent, 1, 99, "The share of hidden patches"), (seed, 0, 100, "The seed")):
+        if isinstance(value, int | float):
+            value = min(max(value, low), high)
+        values.append(number(value, low, high, what))
+    return values[0], values[1]
+
+
 def one_of(value: object, values: object, what: str) -> str:
     """A visitor's choice. Raises Sorry unless it is one of `values`."""
     if not isinstance(value, str) or value not in values:
@@ -100,13 +110,16 @@ class Handlers:
             raise Sorry("Please reload the page first.")
         return visit
 
+    def fetch(self, name: object, other: object) -> None:
+        """Have a model, and another beside it, ready. Raises Sorry, and UserError where one fails to load."""
+        opened(self.choices[one_of(name, self.choices, "This model")])
+        if one_of(other, [NOTHING, *self.choices], "The model to compare with") != NOTHING:
+            opened(self.choices[other])
+
     def choose(self, visit: object, name: object, other: object, percent: object, seed: object) -> Visit:
         """Another model, or another beside it. Raises Sorry, and UserError where one fails to load."""
-        name = one_of(name, self.choices, "This model")
-        other = one_of(other, [NOTHING, *self.choices], "The model to compare with")
+        self.fetch(name, other)
         opened_ = opened(self.choices[name])
-        if other != NOTHING:
-            opened(self.choices[other])
         kind = self.kind_for(opened_.kind)
         old = visit if isinstance(visit, Visit) else None
         image, shown = (old.image, old.kind) if old and old.kind in ("own", kind) else (self.examples[kind][0], kind)
@@ -118,14 +131,15 @@ class Handlers:
 
     def mask(self, model: object, percent: object, seed: object) -> list[bool]:
         """A random mask by a visitor's numbers."""
-        percent, seed = number(percent, 1, 99, "The share of hidden patches"), number(seed, 0, 100, "The seed")
-        return random_mask(model, percent, seed)
+        return random_mask(model, *settings(percent, seed))
 
     def board(self, visit: Visit) -> str:
         """The pictures, and what is said about them, as HTML. Visitors who open the page see the same, drawn once."""
-        if visit != self.newest[0]:
-            self.newest = visit, self.drawn(visit)
-        return self.newest[1]
+        newest, html = self.newest
+        if visit != newest:
+            html = self.drawn(visit)
+            self.newest = visit, html
+        return html
 
     def drawn(self, visit: Visit) -> str:
         """The same, drawn anew."""
@@ -194,10 +208,9 @@ class Handlers:
     def gif(self, visit: Visit, way: str, percent: object, seed: object) -> str:
         """An animation over mask ratios or seeds, as HTML with a link to save it."""
         model = self.models(visit)[0].model
-        percent, seed = number(percent, 1, 99, "The share of hidden patches"), number(seed, 0, 100, "The seed")
-        settings = [(p, seed) for p in RATIOS] if way == "ratio" else [(percent, s) for s in range(SEEDS)]
+        percent, seed = settings(percent, seed)
         frames = []
-        for percent_, seed_ in settings:
+        for percent_, seed_ in [(p, seed) for p in RATIOS] if way == "ratio" else [(percent, s) for s in range(SEEDS)]:
             words = f"{percent_} % hidden" if way == "ratio" else f"seed {seed_}, {percent_} % hidden"
             frames.append((draw(model, visit.image, random_mask(model, percent_, seed_), visit.statistics), words))
         url = animation(frames)

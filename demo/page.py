@@ -8,7 +8,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from demo.handlers import NOTHING, STATISTICS, WAYS, Handlers, checked_mask, mask_of, number, one_of, told
+from demo.handlers import NOTHING, STATISTICS, WAYS, Handlers, Visit, checked_mask, mask_of, one_of, settings, told
 from demo.uploads import Sorry, read_upload
 from util.errors import UserError
 from util.log import log
@@ -62,6 +62,11 @@ def intro() -> str:
     )
 
 
+def share(now: Visit) -> int:
+    """Hidden patches in %, as the slider shows them."""
+    return min(max(round(100 * sum(now.removed) / len(now.removed)), 1), 99)
+
+
 def build(choices: dict[str, str], examples: dict[str, list[Image.Image]]) -> gr.Blocks:
     """The page. `choices`: {name of a model: source of its checkpoint}; `examples`: {kind: pictures}."""
     do = Handlers(choices, examples)
@@ -73,8 +78,8 @@ def build(choices: dict[str, str], examples: dict[str, list[Image.Image]]) -> gr
         with gr.Row():
             with gr.Column(min_width=300):
                 gr.Markdown("Mask", elem_classes="caption")
-                percent = gr.Slider(1, 99, value=75, step=1, label="Hidden patches (%)", elem_id="ratio")
-                seed = gr.Slider(0, 100, value=0, step=1, label="Seed: which of them", elem_id="seed")
+                percent = gr.Slider(1, 99, 75, step=1, label="Hidden patches (%)", elem_id="ratio", buttons=[])
+                seed = gr.Slider(0, 100, 0, step=1, label="Seed: which of them", elem_id="seed", buttons=[])
                 again = gr.Button("Another random mask", variant="primary", elem_id="again")
             with gr.Column(min_width=300):
                 gr.Markdown("Model", elem_classes="caption")
@@ -103,29 +108,48 @@ def build(choices: dict[str, str], examples: dict[str, list[Image.Image]]) -> gr
 
         def shown(now):
             """What changes with every drawing."""
-            hidden = round(100 * sum(now.removed) / len(now.removed))
-            return {board: do.board(now), percent: min(max(hidden, 1), 99), visit: now}
+            return {board: do.board(now), percent: share(now), visit: now}
+
+        def fetch(now, *names_):
+            try:
+                do.fetch(*names_)
+            except UserError as error:  # such as a failed download
+                raise Sorry(escape(error.message)) from error
+            return do.about(now) if isinstance(now, Visit) else ""
+
+        def back(now):  # what was there stays, the choice too
+            before = isinstance(now, Visit)
+            return (now.model, now.other or NOTHING, do.about(now)) if before else (names[0], NOTHING, "")
 
         def start(now, name, other_, percent_, seed_):
+            if isinstance(now, Visit) and (name, other_) == (now.model, now.other or NOTHING):
+                return {visit: now}  # looked at the list, and left it
             try:
                 now = do.choose(now, name, other_, percent_, seed_)
-                drawn = shown(now)
-            except UserError as error:  # such as a failed download: what was there stays, the choice too
-                gr.Warning(escape(error.message), title="Sorry")
-                if now is None:
-                    raise Sorry("This model cannot be had now. Please choose another.") from error
-                return {model: now.model, other: now.other or NOTHING}
+            except UserError as error:
+                raise Sorry(escape(error.message)) from error
+            drawn = shown(now)
             normalised = any(entry.model.norm_pix_loss for entry in do.models(now))
             return {**drawn, about: do.about(now), thumbs: do.thumbs(now), statistics: gr.Radio(visible=normalised)}
 
         def mask_again(now, percent_, seed_):
             now = do.check(now)
+            if percent_ is None or seed_ is None:  # wiped, to type another
+                return {visit: now}
             removed = tuple(do.mask(do.models(now)[0].model, percent_, seed_))
             drawn = shown(replace(now, removed=removed))
             return {part: value for part, value in drawn.items() if part is not percent}
 
+        def settle(now, percent_, seed_):  # the slider is let go, or the box left: it shows what is hidden
+            now = do.check(now)
+            if percent_ is None or settings(percent_, seed_)[0] == share(now):
+                return {percent: share(now), visit: now}
+            drawn = mask_again(now, percent_, seed_)
+            return {**drawn, percent: share(drawn[visit])}
+
         def next_mask(now, percent_, seed_):
-            following = (number(seed_, 0, 100, "The seed") + 1) % 101
+            percent_, seed_ = settings(percent_, seed_)
+            following = (seed_ + 1) % 101
             return {**mask_again(now, percent_, following), seed: following}
 
         def paint(now, event: gr.EventData):
@@ -147,18 +171,25 @@ def build(choices: dict[str, str], examples: dict[str, list[Image.Image]]) -> gr
         choice, numbers = [visit, model, other, percent, seed], [visit, percent, seed]
         # one drawing after the other, each with all cores; hidden progress spares the pictures a badge beside a note
         one = {"concurrency_id": "draw", "concurrency_limit": 1, "show_progress": "hidden"}
+        raw = {"preprocess": False}  # a slider's own refuses what is typed, or wiped, beside it
         page.load(start, choice, opened_, **{**one, "show_progress": "minimal"})
+        # while a model is fetched, the others draw; `blur` comes once a choice, `input` of the mouse twice
+        fetching = {"concurrency_id": "fetch", "concurrency_limit": 2, "show_progress": "minimal", **raw}
         for box in (model, other):
-            box.input(start, choice, opened_, **{**one, "show_progress": "minimal"})
-        gr.on([percent.input, seed.input], mask_again, numbers, drawn, trigger_mode="always_last", **one)
-        again.click(next_mask, numbers, [*drawn, seed], **one)
+            fetched = box.blur(fetch, [visit, model, other], about, **fetching)
+            fetched.success(start, choice, opened_, **fetching)
+            fetched.failure(back, visit, [model, other, about], **fetching)
+        gr.on([percent.input, seed.input], mask_again, numbers, drawn, trigger_mode="always_last", **one, **raw)
+        # in two steps: what is typed arrives before, whichever way the browser's requests overtake one another
+        percent.release(lambda: None, **one).then(settle, numbers, drawn, **one, **raw)
+        again.click(next_mask, numbers, [*drawn, seed], **one, **raw)
         board.paint(paint, visit, drawn, trigger_mode="always_last", **one)
         thumbs.pick(pick, visit, drawn, **one)
-        upload.upload(new_image, [visit, upload], [*drawn, upload], **one)
+        upload.upload(new_image, [visit, upload], [*drawn, upload], **one).failure(lambda: None, None, upload)
         statistics.input(another_source, [visit, statistics], drawn, **one)
         for way, button in animate.items():
             button.click(
                 lambda now, percent_, seed_, way=way: do.gif(do.check(now), way, percent_, seed_), numbers, gif,
-                api_name=f"animate_{way}", **{**one, "show_progress": "minimal"},
+                api_name=f"animate_{way}", **{**one, "show_progress": "minimal"}, **raw,
             )  # fmt: skip
     return page

@@ -56,7 +56,9 @@ def read_upload(path: object) -> Image.Image:
 
 
 def open_picture(file: BinaryIO) -> Image.Image:
-    """File of a picture -> RGB, at most SIDE pixels wide and high; values by `decode.to_rgb`. Raises Sorry."""
+    """File of a picture -> RGB, at most SIDE pixels wide and high, on white where it is transparent; values by
+    `decode.to_rgb`. Raises Sorry.
+    """
     try:
         raw = file.read()
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
@@ -65,7 +67,12 @@ def open_picture(file: BinaryIO) -> Image.Image:
         if pixels > MAX_MEGAPIXELS * 1e6:  # so far nothing is decoded
             raise Sorry(f"This picture has {pixels / 1e6:.0f} megapixels. Please send at most {MAX_MEGAPIXELS}.")
         image.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at a fraction of its size
-        image = decode.to_rgb(ImageOps.exif_transpose(image))
+        image = ImageOps.exif_transpose(image)
+        # what lies behind transparent pixels, often black, nobody means to show; grey of 16 bits has a rule of its own
+        if image.has_transparency_data and not image.mode.startswith("I"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = decode.to_rgb(image)
     except Sorry:
         raise
     except Image.DecompressionBombError as error:

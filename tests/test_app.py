@@ -3,16 +3,19 @@
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -86,6 +89,51 @@ def test_the_model_beside_hides_the_same_places(grids):
     centres = [((row + 0.5) / fine[0], (column + 0.5) / fine[1]) for row, column in places]
     expected = [removed[int(y * rows) * columns + int(x * columns)] for y, x in centres]
     assert drawing.fitted_mask(removed, grids[0], model) == expected
+
+
+@pytest.mark.parametrize(("grid", "fine"), [((14, 14), (8, 8)), ((12, 12), (5, 7)), ((8, 8), (14, 14))])
+def test_one_patch_hidden_or_left_is_one_for_the_model_beside_too(grid, fine):
+    model, length = SimpleNamespace(patch_embed=SimpleNamespace(grid_size=fine)), grid[0] * grid[1]
+    for hidden in (True, False):
+        for place in range(length):
+            fitted = drawing.fitted_mask([(i == place) == hidden for i in range(length)], grid, model)
+            assert hidden in fitted and (not hidden) in fitted, place
+            if fitted.count(hidden) == 1 and fine < grid:  # where it is, give or take a patch
+                row, column = divmod(fitted.index(hidden), fine[1])
+                assert abs((row + 0.5) / fine[0] - (place // grid[1] + 0.5) / grid[0]) < 1 / fine[0]
+                assert abs((column + 0.5) / fine[1] - (place % grid[1] + 0.5) / grid[1]) < 1 / fine[1]
+
+
+def test_a_model_that_is_being_fetched_delays_nobody_else(tmp_path, monkeypatch):
+    here, release, loaded = saved(tmp_path, "a.pth"), threading.Event(), []
+    open_model = drawing.open_model
+
+    def slow(source):
+        loaded.append(source)
+        if source != here:
+            assert release.wait(30)
+        return open_model(here)
+
+    monkeypatch.setattr(drawing, "open_model", slow)
+    monkeypatch.setattr(drawing, "find", lambda source: here)
+    with ThreadPoolExecutor(4) as pool:
+        first, second = pool.submit(drawing.opened, "afar"), pool.submit(drawing.opened, "afar")
+        assert pool.submit(drawing.opened, here).result(20).model is not None
+        assert not first.done() and not second.done()
+        release.set()
+        assert first.result(20) is second.result(20)
+    assert sorted(loaded) == sorted(["afar", here]), "once for everybody"
+
+
+def test_numbers_typed_beyond_the_sliders_are_those_of_their_ends():
+    for typed, meant in {0: 1, 150: 99, -5: 1, 3.7: 4, 10**400: 99, math.inf: 99}.items():
+        assert handlers.settings(typed, 7) == (meant, 7)
+    assert handlers.settings(50, 1e9) == (50, 100) and handlers.settings(50, -1) == (50, 0)
+    for bad in (math.nan, None, "50", True, [50]):
+        with pytest.raises(gr.Error):
+            handlers.settings(bad, 0)
+        with pytest.raises(gr.Error):
+            handlers.settings(50, bad)
 
 
 def test_an_animation_moves_through_its_drawings(tmp_path):
@@ -223,6 +271,25 @@ def test_pictures_of_every_kind_are_welcome(tmp_path, mode):
     assert opened.mode == "RGB" and opened.size[0] <= uploads.SIDE
     mean = np.asarray(picture(size=(2000, 50)).convert("L")).mean()
     assert abs(np.asarray(opened.convert("L")).mean() - mean) < 30, "neither black nor white"
+
+
+@pytest.mark.parametrize("kind", ["RGBA png", "RGBA webp", "LA png", "P png", "P gif"])
+def test_what_is_transparent_is_white(tmp_path, kind):
+    """A black sign whose transparent ground is black as well, as drawing programs leave it."""
+    mode, ending = kind.split()
+    alpha = np.zeros((40, 60), np.uint8)
+    alpha[10:30, 20:40] = 255
+    if mode == "P":
+        image = Image.fromarray(alpha // 255, "P")  # colour 0 is transparent
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.save(tmp_path / f"a.{ending}", transparency=0)
+    else:
+        image = Image.new(mode, (60, 40))
+        image.putalpha(Image.fromarray(alpha))
+        options = {"lossless": True} if ending == "webp" else {}
+        image.save(tmp_path / f"a.{ending}", **options)
+    expected = 255 - np.repeat(alpha[..., None], 3, 2)
+    np.testing.assert_array_equal(np.asarray(opened_picture(tmp_path / f"a.{ending}")), expected)
 
 
 def test_a_photograph_is_turned_as_the_camera_was(tmp_path):
@@ -390,6 +457,7 @@ class Caller:
             "another_source": [None, "answer"], "animate_ratio": [None, 75, 0], "animate_seed": [None, 75, 0],
         }  # fmt: skip
         self.valid["start_1"] = self.valid["start_2"] = self.valid["start"]
+        self.valid |= {"fetch": self.valid["start"][:3], "back": [None], "settle": [None, 75, 0]}
 
     def __call__(self, name, data=None, event=None):
         """-> (whether it succeeded, what was answered, as text)."""
@@ -505,7 +573,8 @@ BAD = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["start", "start_1", "mask_again", "next_mask", "new_image", "another_source", "animate_seed"]
+    "name",
+    ["start", "start_1", "fetch", "mask_again", "settle", "next_mask", "new_image", "another_source", "animate_seed"],
 )
 def test_a_bad_value_in_any_place_gets_words(space, caller, name):
     valid = caller.valid[name]
@@ -533,7 +602,7 @@ def test_bad_events_of_painting_and_picking_get_words(space, caller):
             assert ok or json.loads(answer)["error"]
     assert caller("paint", event={"mask": "01" * 32})[0] and caller("pick", event={"index": 4})[0]
     stranger = Caller(caller.address)  # has not opened the page
-    for name in ("mask_again", "next_mask", "another_source", "animate_seed", "paint", "pick"):
+    for name in ("mask_again", "next_mask", "another_source", "settle", "animate_seed", "paint", "pick"):
         ok, answer = stranger(name, event={"mask": "01" * 32, "index": 0})
         assert not ok and "reload the page" in answer
     assert "Traceback" not in (space / "log.txt").read_text()
@@ -617,6 +686,13 @@ def test_a_visitor_changes_mask_picture_and_model(address, browser, tmp_path):
 
     visitor.after(press)
     assert visitor.hidden() == 33, "the slider itself"
+    for typed, hidden in (("100", 63), ("", 1), ("0", 1), ("50", 32)):
+        page.fill("#ratio input[type=number]", typed)
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(1000)
+        assert (visitor.slider(), visitor.hidden()) == (round(hidden / 0.64), hidden), typed
+        assert page.locator(".toast-body").count() == 0
+    assert page.locator("#ratio button").count() == 0, "gradio's reset sets the number alone"
 
     before, after = visitor.after(lambda: page.click("#again"))
     assert before[2] != after[2]
@@ -636,6 +712,18 @@ def test_a_visitor_changes_mask_picture_and_model(address, browser, tmp_path):
     before, after = visitor.after(choose_the_other)
     assert "visible neighbours" in visitor.loss() and page.is_visible("#statistics")
     assert before[0] == after[0], "the visitor's own picture stays"
+
+    def choose_with_keys(key):
+        page.focus("#model input")
+        page.wait_for_timeout(300)
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
+        page.keyboard.press("Enter")
+
+    visitor.after(lambda: choose_with_keys("ArrowUp"))
+    assert page.input_value("#model input") == "pixels (space)" and not page.is_visible("#statistics")
+    page.click("#intro h1")
+    visitor.after(lambda: choose_with_keys("ArrowDown"))
     before, after = visitor.after(lambda: page.click("text=using the answer"))
     assert "Uses the answer" in visitor.loss() and before[2] != after[2] and before[:2] == after[:2]
     assert not visitor.errors
@@ -670,6 +758,51 @@ def test_patches_are_painted_by_clicking_and_dragging_and_the_slider_follows(add
 
 
 @pytest.mark.slow
+def test_patches_are_painted_with_keys_and_the_result_is_told(address, browser):
+    visitor = Visitor(browser, address)
+    page, mask = visitor.page, visitor.mask()
+
+    def press(*keys):
+        for key in keys:
+            page.keyboard.press(key)
+
+    page.focus(".paint")
+    visitor.after(lambda: press("ArrowDown", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowUp", "ArrowUp", "Space"))
+    assert [i for i in range(64) if visitor.mask()[i] != mask[i]] == [1], "not beyond the border"
+    assert page.inner_text(".status") == visitor.loss() and page.locator(".paint i[data-at]").count() == 1
+    visitor.after(lambda: press("ArrowDown", "Enter"))  # the new drawing has the focus
+    assert [i for i in range(64) if visitor.mask()[i] != mask[i]] == [1, 9]
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('.paint') === null")
+    assert not visitor.errors
+
+
+CONTRAST = r"""selector => {
+  const light = colour => {
+    const [r, g, b] = colour.match(/[\d.]+/g).map(Number).map(v => colour.startsWith("rgb") ? v / 255 : v)
+      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const text = light(getComputedStyle(document.querySelector(selector)).color);
+  let below = document.querySelector(selector);
+  while (/^rgba.*, 0\)$/.test(getComputedStyle(below).backgroundColor)) below = below.parentElement;
+  const ground = light(getComputedStyle(below).backgroundColor);
+  return (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05);
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_can_be_read_on_their_ground(address, browser, scheme):
+    page = browser.new_context(color_scheme=scheme).new_page()
+    page.goto(address)
+    page.wait_for_selector("#loss")
+    page.eval_on_selector("#loss", "all => all.insertAdjacentHTML('beforeend', '<p class=hint>This model</p>')")
+    for selector in ("#about p", "#loss .hint", ".pictures figcaption a"):
+        assert page.evaluate(CONTRAST, selector) > 4.5, selector  # what WCAG 2 asks for
+
+
+@pytest.mark.slow
 def test_two_models_side_by_side_and_an_animation_to_save(address, browser):
     visitor = Visitor(browser, address)
     page = visitor.page
@@ -700,14 +833,18 @@ def test_two_models_side_by_side_and_an_animation_to_save(address, browser):
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_fetched_leaves_the_old_one_and_one_message(address, browser):
-    visitor = Visitor(browser, address)
-    page, before = visitor.page, visitor.pictures()
+    visitor, other = Visitor(browser, address), Visitor(browser, address)
+    page, before, asked = visitor.page, visitor.pictures(), []
+    page.on("request", lambda request: asked.append("ViT-B, pixels" in (request.post_data or "")))
     page.click("#model input")
     page.click("text=ViT-B, pixels")
+    other.after(lambda: other.page.click("#again"))  # meanwhile
+    assert page.locator(".toast-body").count() == 0, "still fetching"
     page.wait_for_selector("text=cannot download", timeout=90_000)
-    page.wait_for_timeout(500)
-    assert page.locator(".toast-body").count() == 1
+    page.wait_for_timeout(1000)
+    assert page.locator(".toast-body").count() == 1 == sum(asked), "tried once"
     assert page.input_value("#model input") == "pixels (space)" and visitor.pictures() == before
+    assert "Error" not in page.inner_text("#about") and "processing" not in page.inner_text("#about")
     visitor.after(lambda: page.click("#again"))  # and the page goes on, with the old one
     assert "pixels (space)" in page.inner_text("#about") or "does not tell" in page.inner_text("#about")
 
@@ -727,6 +864,7 @@ def test_broken_and_huge_files_get_a_note_and_change_nothing(address, browser, t
             "all => all.filter(image => !image.naturalWidth && getComputedStyle(image).visibility != 'hidden').length"
         )
         assert visitor.page.eval_on_selector_all("img", broken) == 0
+        visitor.page.wait_for_selector("text=Drop a picture of yours here")
         visitor.after(lambda page=visitor.page: page.click("#again"))  # and the page goes on
         visitor.page.set_input_files("#upload input[type=file]", tmp_path / name)  # the same note again
         visitor.page.wait_for_function("count => document.querySelectorAll('.toast-body').length >= 1", arg=1)
