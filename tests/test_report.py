@@ -294,6 +294,16 @@ def test_a_report_that_cannot_be_opened_is_said_once():
     assert len(said) == 1 and said[0].startswith("MLflow has no reports of this run (ZeroDivisionError")
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_whatever_a_library_raises_is_said(error):
+    def make():
+        raise error
+
+    with project_log() as said:
+        report.Background("wandb", make).close("done")
+    assert len(said) == 1 and said[0].startswith(f"wandb has no reports of this run ({error.__name__}")
+
+
 def test_a_report_that_hangs_delays_neither_training_nor_its_end(monkeypatch):
     monkeypatch.setattr(report, "LAST_SECONDS", 0.1)
     monkeypatch.setattr(report, "WAITING", 10)
@@ -393,6 +403,38 @@ def test_wandb_has_the_run(offline, tmp_path):
     summary = {item.key: item.value_json for record in kinds[0]["summary"] for item in record.summary.update}
     assert float(summary["final/train_loss"]) == 1.5 and float(summary["final/max_acc1"]) == 70
     assert any(r.metric.glob_name == "*" and r.metric.step_metric == "epoch" for r in kinds[0]["metric"])
+
+
+def test_wandb_without_a_login_asks_nobody_on_a_terminal(offline, tmp_path, monkeypatch):
+    import wandb
+    from wandb.errors import term
+
+    wandb.teardown()  # of earlier tests in this process, whose settings it keeps
+    for name in ("WANDB_SILENT", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(term, "_sys_stdin_isatty", lambda: True)
+    monkeypatch.setattr(term, "_sys_stderr_isatty", lambda: True)
+    monkeypatch.setattr(term, "_terminput", lambda *_, **__: pytest.fail("asked"))
+    with project_log() as said:
+        for one in report.open_reports(CPU, run_args(tmp_path, "wandb"), {}):
+            one.close("done")
+    wandb.teardown()
+    assert len(said) == 1 and "No API key" in said[0] and "wandb login" in said[0]
+
+
+def test_an_mlflow_without_a_place_is_refused_before_any_work(file_store, tmp_path, monkeypatch):
+    report.check("mlflow")
+    for uri in (str(tmp_path / "store"), f"file:{tmp_path / 'store'}"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        report.check("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # a network is no fault of the command's
+    report.check("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "false")
+    for uri in (str(tmp_path / "a"), f"file:{tmp_path / 'b'}", f"sqlite:///{tmp_path}/no/such/folder.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(UserError, match=f"cannot use .*{tmp_path}.*MLFLOW_TRACKING_URI"):
+            pretrain(tmp_path / "no images", tmp_path / "out", "--report_to", "mlflow")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlparse
 
 import numpy as np
 from PIL import Image
@@ -43,13 +44,22 @@ class Row:
 
 
 def check(names: str) -> None:
-    """Raise UserError where --report_to names a package that is not here."""
+    """Raise UserError where --report_to names a package that is not here, or MLflow lacks a place without a network."""
     for name in names.split(","):
         if name in PACKAGES:
             try:
-                importlib.import_module(name)
+                module = importlib.import_module(name)
             except ImportError as error:
                 raise UserError(f"--report_to {name} needs its package: pip install {PACKAGES[name]}") from error
+            if name == "mlflow" and urlparse(uri := module.get_tracking_uri()).scheme in ("", "file", "sqlite"):
+                try:
+                    module.MlflowClient().search_experiments(max_results=1)
+                except Exception as error:  # such as a database without the packages for it
+                    raise UserError(
+                        f"--report_to mlflow cannot use {uri}: set MLFLOW_TRACKING_URI to a server's address; or to "
+                        "file:FOLDER, and MLFLOW_ALLOW_FILE_STORE to true; or pip install mlflow, which has databases "
+                        f"({_brief(error)})"
+                    ) from error
 
 
 class TensorBoard:
@@ -106,7 +116,10 @@ class Wandb:
     """A run of Weights & Biases; its environment variables say where: WANDB_PROJECT, WANDB_MODE=offline and so on."""
 
     def __init__(self, wandb: ModuleType, identity: "Identity", name: str, folder: str | None, options: dict) -> None:
-        wanted = {"console": "off", "silent": True, "finish_timeout": LAST_SECONDS, "login_timeout": LAST_SECONDS}
+        os.environ.setdefault("WANDB_SILENT", "true")  # else it asks on a terminal who is there, before its settings
+        wanted = {"console": "off", "silent": True}
+        # what still connects when the process ends holds it up
+        wanted |= dict.fromkeys(["init_timeout", "finish_timeout", "login_timeout"], LAST_SECONDS)
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
         identity.keep(identity.known or uuid.uuid4().hex[:12])
         self.wandb, self.run = wandb, wandb.init(
@@ -208,7 +221,7 @@ class Background:
     def _work(self) -> None:
         try:
             self.report = self.make()
-        except Exception as error:  # whatever a library raises
+        except BaseException as error:  # whatever a library raises
             self._warn(f"has no reports of this run ({_brief(error)})")
         while (call := self.calls.get()) is not None:
             if self.report:
