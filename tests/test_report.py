@@ -232,6 +232,28 @@ def test_steps_that_share_a_place_of_tensorboard_are_all_there(tmp_path):
     assert [(point.step, point.value) for point in points] == [(1000, 1.0), (1000, 2.0), (1000, 3.0), (1000, 4.0)]
 
 
+@pytest.mark.parametrize(("start", "left"), [((0, 0), 16), ((2, 0), 8), ((2, 2), 10), ((3, 3), 15)])
+def test_tensorboard_leaves_out_what_a_resumed_run_does_again(start, left, tmp_path):
+    def run(epochs, value, start=(0, 0)):
+        run_log = RunLog(CPU, "", [report.TensorBoard(str(tmp_path), {})], *start, images_per_step=1)
+        for epoch in epochs:
+            done = start[1] if epoch == start[0] else 0
+            run_log.steps(epoch, 4, 4, steps(done, [value] * (4 - done)), rates(images_per_second=9.0), "train_loss")
+            run_log.scalar("perf/test_acc1", value, epoch)
+        run_log.close()
+
+    run(range(4), 1.0)
+    time.sleep(1.1)  # the names of its files tell seconds
+    run(range(start[0], 5), 2.0, start)
+    points = events(tmp_path).Scalars("train_loss")
+    if start == (0, 0):  # a new run into the folder of another, which TensorBoard shows as it is
+        assert len(points) == 16 + 20
+        return
+    assert [point.step for point in points] == [250 * i for i in range(20)]
+    assert [point.value for point in points] == [1.0] * left + [2.0] * (20 - left)
+    assert {point.step for point in events(tmp_path).Scalars("perf/test_acc1")} == set(range(5))
+
+
 # --report_to
 
 

@@ -81,6 +81,13 @@ class TensorBoard:
                 if tag not in self.tags:
                     self.tags.append(tag)
 
+    def cut(self, x: int) -> None:
+        """From `x` on steps are done again: TensorBoard leaves out what earlier files have of them."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = Event(session_log=SessionLog(status=SessionLog.START))
+        self._try(lambda: self.writer.file_writer.add_event(start, x))
+
     def image(self, tag: str, picture: Image.Image, row: Row) -> None:
         self._try(lambda: self.writer.add_image(tag, np.asarray(picture), row.x, dataformats="HWC"))
 
@@ -240,6 +247,9 @@ class Background:
             self.calls.put_nowait(lambda: getattr(self.report, method)(*values))
         except queue.Full:
             self._warn(f"is too slow: {WAITING} calls wait for it, and further ones are left out")
+
+    def cut(self, x: int) -> None:
+        """What wandb and MLflow have been told, they keep."""
 
     def points(self, rows: list[Row]) -> None:
         self._call("points", rows)

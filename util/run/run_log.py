@@ -84,7 +84,7 @@ class RunLog:
         self._cut(n)
         x = 0
         for i, values in steps:
-            x = int(1000 * (epoch + i / n))  # the same scale for every batch size
+            x = _place(epoch, i, n)
             self.scalar(loss_name, values["loss"], x)
             self.scalar("lr", values["lr"], x)
             self.scalar("grad_norm", values["grad_norm"], x)
@@ -116,6 +116,9 @@ class RunLog:
                     line["epoch"] < start or (line["epoch"] == start and line["step"] * n <= iteration * line["steps"])
                 )
             )
+            if start or iteration:
+                for report in self.reports:
+                    report.cut(_place(start, iteration, n))
 
     def scalar(self, tag: str, value: float, x: int) -> None:
         """One point of a curve, at the place `x` of TensorBoard: thousandths of an epoch, or epochs. Shown with the
@@ -143,6 +146,11 @@ class RunLog:
         self._show()
         for report in self.reports:
             report.close(state)
+
+
+def _place(epoch: int, iteration: int, n: int) -> int:
+    """Where TensorBoard has a step: the same scale for every batch size."""
+    return int(1000 * (epoch + iteration / n))
 
 
 def _is_wanted(line: str, wanted: Callable[[dict], bool]) -> bool:
