@@ -104,6 +104,13 @@ def test_a_file_means_what_the_command_line_means(name, text, words, monkeypatch
         ("pretrain", "batch_size: null", ["argument --batch_size", "null"]),
         ("pretrain", "batch_size: [1, 2]", ["argument --batch_size", "one value"]),
         ("pretrain", "batch_size: {a: 1}", ["argument --batch_size"]),
+        ("pretrain", "Batch_Size: 8", ["nearest: batch_size"]),
+        ("pretrain", f"epochs: {'9' * 5000}", ["argument --epochs", "'999"]),
+        ("pretrain", "crop_ratio: 1", ["argument --crop_ratio", "2 values", "'1'"]),
+        ("pretrain", "crop_ratio: [1, 2, 3]", ["argument --crop_ratio", "2 values", "'3'"]),
+        ("pretrain", "mean: [0.5, --lr, 3]", ["argument --mean", "'--lr' is no value"]),
+        ("pretrain", 'output_dir: "a\\0b"', ["argument --output_dir", "is no path"]),
+        ("pretrain", "no_norm_pix_loss: true", ["nearest: norm_pix_loss"]),
         ("pretrain", "save_minutes: 1:30", ["argument --save_minutes", "1:30"]),
         ("pretrain", "input_size: [1, null]", ["argument --input_size", "null"]),
         ("pretrain", "input_size: [64, 64, 3]", ["argument --input_size", "3 numbers"]),
@@ -143,6 +150,18 @@ def test_a_file_that_is_not_there_or_no_text_is_named(monkeypatch, tmp_path, cap
 def test_an_error_of_the_command_line_does_not_blame_the_file(monkeypatch, tmp_path, capsys):
     error = refused(monkeypatch, tmp_path, capsys, "pretrain", "epochs: 3", "--epochs", "x")
     assert "--config" not in error and "'x'" in error
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_the_command_line_wins_over_each_flag_of_the_file(name, monkeypatch, tmp_path):
+    for action in PARSERS[name]()._actions:
+        if action.nargs == 0:
+            (option,) = action.option_strings
+            opposite = f"--no_{action.dest}" if action.const else f"--{action.dest}"
+            if action.dest == "global_pool":
+                opposite = {"--global_pool": "--cls_token", "--cls_token": "--global_pool"}[option]
+            args = from_file(monkeypatch, tmp_path, name, f"{option.removeprefix('--')}: true", opposite)
+            assert getattr(args, action.dest) == (not action.const)
 
 
 def test_repeated_options_of_the_command_line_replace_those_of_the_file(monkeypatch, tmp_path):

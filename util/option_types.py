@@ -42,6 +42,8 @@ def mask_ratio(text: str) -> float:
 
 def path(text: str) -> str:
     """Option type: a file, folder or URL; ~ is the home folder, also in --name=~/x, which shells leave alone."""
+    if "\0" in text:  # of a file of options; no operating system takes it
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no path")
     if (expanded := os.path.expanduser(text)).startswith("~"):
         raise argparse.ArgumentTypeError(f"{text}: no such user; a folder of that name is ./{text}")
     return expanded
@@ -68,7 +70,7 @@ def _number(kind: type, text: str):
         value = kind(text)
     except ValueError:
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {what}") from None
     if isinstance(value, int) and abs(value) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text[:80]} is too large")
     if not math.isfinite(value):

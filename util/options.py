@@ -70,7 +70,8 @@ class _Parser(argparse.ArgumentParser):
             formatter.add_arguments(actions)
             formatter.end_section()
         if not everything:
-            formatter.add_text(f"--help_all lists {sum(len(actions) for _, actions in rest)} more.")
+            more = sum(action.help is not argparse.SUPPRESS for _, actions in rest for action in actions)
+            formatter.add_text(f"--help_all lists {more} more.")
         return formatter.format_help()
 
 
@@ -96,6 +97,10 @@ def parse(script_parser: argparse.ArgumentParser, description: str) -> argparse.
     parser.add_argument("--config", default="", metavar="FILE",
         help="YAML file of options, such as the config.yaml that each run leaves in output_dir; the command line wins "
         "over it")  # fmt: skip
+    for action in [*parser._actions]:  # a flag of the file has an opposite on the command line
+        if isinstance(action, argparse._StoreTrueAction) and not _opposites(parser, action):
+            parser.add_argument(f"--no_{action.dest}", action="store_false", dest=action.dest,
+                default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
     args = parser.parse_args()
     if args.config:
         parser.source = f"--config {args.config}: "
@@ -153,7 +158,7 @@ def _words(parser: _Parser, own: set[str], values: dict, args: argparse.Namespac
     names = sorted(option.removeprefix("--") for option in own)
     unknown = []
     for key in (key for key in values if key not in names):
-        near = difflib.get_close_matches(str(key).strip("-").replace("-", "_"), names, n=1)
+        near = difflib.get_close_matches(str(key).strip("-").replace("-", "_").lower(), names, n=1)
         unknown.append(shown(key) + (f" (nearest: {near[0]})" if near else ""))
     if unknown:
         parser.error(f"no option is named {', '.join(sorted(unknown))}; --help_all lists them")
@@ -180,8 +185,12 @@ def _words(parser: _Parser, own: set[str], values: dict, args: argparse.Namespac
                 parser.error(f"argument --{key}: expected one value, got {shown(value)}")
             if value or value != action.default:  # '' may be no choice, as for --model of main_evaluate.py
                 words.append(f"--{key}={value}")
+        elif isinstance(action.nargs, int) and len(items) != action.nargs:
+            parser.error(f"argument --{key}: expected {action.nargs} values, got {shown(value)}")
+        elif options := [item for item in items if item.startswith("--")]:  # would be one of the command line
+            parser.error(f"argument --{key}: {shown(options[0])} is no value")
         else:
-            words += [f"--{key}", *map(str, items)]
+            words += [f"--{key}", *items]
     return words
 
 
@@ -192,8 +201,12 @@ def _flag(parser: _Parser, action: argparse.Action, key: str, items: list) -> li
         return [f"--{key}"]
     if text not in FALSE:
         parser.error(f"argument --{key}: expected true or false, got {shown(items[0] if len(items) == 1 else items)}")
-    others = [a for a in parser._actions if a.dest == action.dest and a.nargs == 0 and a.const != action.const]
+    others = _opposites(parser, action)
     return others[0].option_strings[:1] if others else []
+
+
+def _opposites(parser: _Parser, action: argparse.Action) -> list[argparse.Action]:
+    return [a for a in parser._actions if a.dest == action.dest and a.nargs == 0 and a.const != action.const]
 
 
 # what was asked for
