@@ -69,6 +69,8 @@ def main() -> None:
         demo(args.set, args.output or ROOT / "demo" / "output" / args.set, args.epochs, args.seed)
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:  # the script that runs has had it too, and is gone
+        sys.exit("stopped")
 
 
 def demo(name: str, out: Path, epochs: int, seed: int) -> None:
@@ -99,10 +101,22 @@ def demo(name: str, out: Path, epochs: int, seed: int) -> None:
         print(f"{row:<40}" + "".join(f"{value:>11.1f}%" for value in values))
     print(f"\nWhat it reconstructs from a quarter of each image: {os.path.relpath(picture)}")
     print(f"That took {(time.perf_counter() - start) / 60:.1f} minutes. Next:")
-    print("  make app                                             a page to play with this model")
-    print(f"  .venv/bin/tensorboard --logdir {os.path.relpath(out)}            its curves")
-    print("  .venv/bin/python main_pretrain.py --data_path FOLDER --model mae_vit_tiny_patch16 --output_dir output_dir")
-    print("                                                       your own photographs; more: README.md, PRETRAIN.md")
+    for command, what in following(out, trained):
+        print(f"  {command:<51}  {what}" if len(command) < 52 else f"  {command}\n{what:>{len(what) + 55}}")
+
+
+def following(out: Path, trained: Path) -> list[tuple[str, str]]:
+    """(command, what it does) of what to try with a demo in `out`, from the folder where it ran."""
+    python = Path(os.path.relpath(sys.executable))
+    words = [os.path.relpath(path) for path in (python.with_name("tensorboard"), out, python, trained)]
+    tensorboard, logs, python, weights = map(shlex.quote, words)
+    page = "make app" if out.parent == ROOT / "demo" / "output" else f"{python} demo/app.py {weights}"
+    own = f"{python} main_pretrain.py --data_path FOLDER --model mae_vit_tiny_patch16 --output_dir output_dir"
+    return [
+        (page, "a page to play with this model"),
+        (f"{tensorboard} --logdir {logs}", "its curves"),
+        (own, "your own photographs; more: README.md, PRETRAIN.md"),
+    ]
 
 
 def write(name: str, data: Path) -> None:

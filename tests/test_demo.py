@@ -1,10 +1,12 @@
 """The demo's images, and how it tells of the scripts that it runs."""
 
 import itertools
+import shlex
 
 import numpy as np
 import pytest
 
+import main_pretrain
 from demo import run
 from util.errors import UserError
 
@@ -45,6 +47,33 @@ def test_what_is_written_fits_what_is_trained(tmp_path, name):
     for split in ("train", "val"):
         assert sum(1 for _ in (tmp_path / split).iterdir()) == run.SETS[name].classes
         assert all(any(folder.iterdir()) for folder in (tmp_path / split).iterdir())
+
+
+@pytest.mark.parametrize("place", ["demo/output/emoji", "else where/emoji"])
+def test_the_commands_that_follow_name_what_is_there(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / place
+    page, curves, own = (shlex.split(command) for command, _ in run.following(out, out / "pretrain" / "c.pth"))
+    if place.startswith("demo"):
+        assert page == ["make", "app"]
+    else:
+        assert page == [".venv/bin/python", "demo/app.py", f"{place}/pretrain/c.pth"]
+    assert curves == [".venv/bin/tensorboard", "--logdir", place]
+    assert own[:2] == [".venv/bin/python", "main_pretrain.py"]
+    main_pretrain.get_args_parser().parse_args(own[2:])
+
+
+def test_a_demo_that_is_stopped_ends_without_a_traceback(monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "demo", stop)
+    monkeypatch.setattr("sys.argv", ["run.py", "digits"])
+    with pytest.raises(SystemExit, match="stopped"):
+        run.main()
 
 
 def write_script(folder, body):
