@@ -1118,10 +1118,12 @@ def test_checkpoint_of_an_earlier_revision_goes_on_as_it_did_there(name, golden,
         key,
         value,
     ) in expected.items():  # in float32, whose sums end differently with the release of torch and the processor
-        own = state["model"][key]
+        found = state["model"][key]
         if key.endswith("attn.qkv.bias"):  # the keys' have no gradient but rounding, which Adam makes steps of lr from
-            (own, value) = (torch.cat(one.chunk(3)[::2]) for one in (own, value))
-        assert_close(own, value, rtol=0, atol=1e-6, msg=key)
+            (*found, keys), (*value, their_keys) = ((q, v, k) for q, k, v in (found.chunk(3), value.chunk(3)))
+            steps = state["optimizer"]["state"][0]["step"].item()
+            assert (keys - their_keys).abs().max() <= 2 * steps * 0.1 * 4 / 256, key  # two ways of the highest rate
+        assert_close(found, value, rtol=0, atol=1e-6, msg=key)
 
 
 def test_run_goes_on_at_the_same_image_when_the_batch_is_cut_otherwise(images, tmp_path, monkeypatch):  # noqa: F811
