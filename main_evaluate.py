@@ -112,7 +112,6 @@ def main(args: argparse.Namespace) -> None:
 
 def open_classifier(args: argparse.Namespace) -> tuple[str, nn.Module, object, Path]:
     """--resume -> name of the model, the classifier, its class names where the file has them, the file's path."""
-    place = build.find(args.resume)
     name, model = build.open_named(args.resume, args.model, args.input_size)
     if not isinstance(getattr(model, "head", None), nn.Linear):
         raise UserError(f"{args.resume} holds no classifier, but {name} without a head: fine-tune or probe it first")
@@ -120,7 +119,7 @@ def open_classifier(args: argparse.Namespace) -> tuple[str, nn.Module, object, P
     if args.global_pool not in (None, pooled):
         wanted, other = ("--global_pool", "--cls_token")[:: 1 if args.global_pool else -1]
         raise UserError(f"{wanted}: {args.resume} was trained with {other}: leave the option out")
-    place = str(hub.local(place.removesuffix(checkpoint.AVERAGE)))
+    place = str(hub.local(args.resume.removesuffix(checkpoint.AVERAGE)))
     path = download.fetch(place) if place.startswith("https://") else Path(place)
     return name, model, model.classes, path
 

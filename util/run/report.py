@@ -228,7 +228,7 @@ class Background:
     def _work(self) -> None:
         try:
             self.report = self.make()
-        except BaseException as error:  # whatever a library raises
+        except BaseException as error:  # whatever a library raises, also to end a program: this is a thread
             self._warn(f"has no reports of this run ({_brief(error)})")
         while (call := self.calls.get()) is not None:
             if self.report:
