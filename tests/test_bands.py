@@ -180,7 +180,10 @@ def test_exports_tell_how_images_are_prepared(thirteen, tmp_path):
     np.testing.assert_allclose(model["data_preprocessor"]["mean"], [65535 * m for m in args["mean"]], rtol=1e-6)
     assert load(path)["patch_embed.projection.weight"].shape == (64, 13, 16, 16)
     path, _ = export.export(source, "safetensors", part="full", output=tmp_path / "x.safetensors")
-    assert bands.of_model(build.open_model(path)) == bands.of_model(build.open_model(source))
+    whole, _ = export.export(source, "hf", part="full", output=tmp_path / "full-hf")
+    for again in (path, tmp_path / "x.timm.safetensors", folder / "model.safetensors", whole / "model.safetensors"):
+        model = build.open_model(again, encoder_only=again not in (path, whole / "model.safetensors"))
+        assert bands.of_model(model) == bands.of_model(build.open_model(source)), again
     assert bands.of_model(build.open_model(source)) == Bands(13, tuple(args["mean"]), tuple(args["std"]), "uint16")
 
 
@@ -422,6 +425,24 @@ def test_a_compression_that_tifffile_lacks_names_the_package(tmp_path, monkeypat
         Images([(str(tmp_path / "a.tif"), 0)], eval_transform(32), skip_bad=True, bands=reader(5))[0]
 
 
+@pytest.mark.parametrize("size", ((6, 4), (4, 6), (4, 4)))
+def test_the_channels_of_a_tiff_are_the_axis_that_it_names(size):
+    image = values(0, 4, "uint16", size)
+    planes, many = image.transpose(2, 0, 1), {"photometric": "minisblack"}
+    files = {
+        "planes": tiff(planes, planarconfig="separate", **many),
+        "interleaved": tiff(image, planarconfig="contig", **many),
+        "pages": tiff(planes, **many),
+        "ImageJ": tiff(planes, imagej=True, metadata={"axes": "CYX"}),
+        "OME": tiff(planes, ome=True, metadata={"axes": "CYX"}, **many),
+        "shaped": tiff(image, metadata={"axes": "YXC"}, **many),
+    }
+    for name, raw in files.items():
+        np.testing.assert_array_equal(read(raw, 4), image, err_msg=name)
+    with pytest.raises(bands.WrongKind, match="3 channels"):  # though the width fits
+        read(tiff(values(0, 3, "uint16", size).transpose(2, 0, 1), planarconfig="separate", **many), 4)
+
+
 def test_a_header_of_a_few_bytes_asks_for_no_gigabytes(monkeypatch):
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (60000, 60000, 2)})
@@ -626,6 +647,7 @@ def test_a_checkpoint_of_other_channels_names_both(name, option, thirteen, tmp_p
         ("linprobe", ["--mean", 1, 2, "--std", 1, 2], "--mean has 2 numbers, but --in_chans is 13"),
         ("linprobe", ["--std", *[1] * 13], "--mean and --std go together"),
         ("pretrain", ["--pixel_type", "rgb"], "--pixel_type rgb has 3 channels"),
+        ("pretrain", ["--pixel_type", "uint8", "--mean", *[110] * 13, "--std", *[60] * 13], "--mean 110 .* by 255"),
     ],
 )
 def test_options_that_do_not_fit_are_named_before_any_file_is_looked_for(name, words, match):
@@ -655,6 +677,57 @@ def test_an_odd_file_among_photographs_is_no_material_either(tmp_path):
     assert images[0, 0][0].dtype == torch.uint8
     with pytest.raises(UserError, match="an image has 3 of float32: pass --aa ''"):
         images[0, 1]
+
+
+@pytest.mark.parametrize(
+    "kind, mean, std, words", [("uint8", 120, 50, "--mean 120 .*by 255"), ("uint16", 0.5, 900, "--std 900 .*by 65535"),
+                               ("float32", 120, 50, "")]
+)  # fmt: skip
+def test_means_of_integers_are_in_units_of_0_to_1(kind, mean, std, words, tmp_path):
+    write_values(tmp_path, 4, kind, "npy")
+    given = ("--mean", *[mean] * 4, "--std", *[std] * 4)
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        start("pretrain", tmp_path, *given, channels=4)
+
+
+@pytest.mark.parametrize("name", ["finetune", "linprobe", "evaluate"])
+def test_a_classifier_that_tells_no_mean_is_evaluated_by_the_given_one(name, tmp_path):
+    write_image_folder(tmp_path, 3, 3, ("a", "b"))
+    torch.manual_seed(0)
+    classifier = models_vit.MODELS["vit_tiny_patch4"](img_size=32, num_classes=2)
+    head = {"head.0.running_mean": torch.zeros(64), "head.0.running_var": torch.ones(64),
+            "head.0.num_batches_tracked": torch.tensor(1), "head.1.weight": 9 * torch.randn(2, 64),
+            "head.1.bias": torch.zeros(2)}  # fmt: skip
+    weights = classifier.state_dict() | {"head.weight": 9 * torch.randn(2, 64)}
+    if name == "linprobe":
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")} | head
+    torch.save({"model": weights, "classes": ["a", "b"]}, tmp_path / "silent.pth")
+    classifier = build.open_model(tmp_path / "silent.pth")
+    losses = {}
+    for given in ((), ("--mean", 0.5, 0.4, 0.3, "--std", 0.1, 0.2, 0.3)):
+        bands_ = Bands(3, given[1:4] or RGB.mean, given[5:] or RGB.std)
+        images = Images(sorted((str(path), "ab".index(path.parent.name)) for path in (tmp_path / "val").rglob("*.png")),
+                        eval_transform(32))  # fmt: skip
+        pixels, mirror, labels = bands.collate([images[i] for i in range(6)])
+        logits = classifier(normalise(pixels, mirror, bands_))
+        expected = torch.nn.functional.cross_entropy(logits, labels).item()
+        out = tmp_path / f"out{len(given)}"
+        if name == "evaluate":
+            words = ["--resume", tmp_path / "silent.pth", "--set", f"own={tmp_path / 'val'}", "--output_dir", out]
+            words = [str(word) for word in (*words, *given, "--num_workers", 0, *ON_CPU)]
+            main_evaluate.main(main_evaluate.get_args_parser().parse_args(words))
+            found = json.loads((out / "results.json").read_text())["sets"]["own"]["loss"]
+            assert found == pytest.approx(expected, rel=1e-4)
+        else:
+            said = start(name, tmp_path, "--eval", "--resume", tmp_path / "silent.pth", *given)
+            assert f"loss {expected:.3f}" in said
+        losses[given] = round(expected, 3)
+    assert len(set(losses.values())) == 2
+    with pytest.raises(UserError, match="--mean and --std go together"):
+        if name == "evaluate":
+            words = [*words[: words.index("--mean")], *words[words.index("--num_workers") :], "--std", "1", "1", "1"]
+            main_evaluate.main(main_evaluate.get_args_parser().parse_args(words))
+        start(name, tmp_path, "--eval", "--resume", tmp_path / "silent.pth", "--std", 1, 1, 1)
 
 
 def test_a_file_that_does_not_tell_its_mean_needs_it(thirteen, tmp_path):

@@ -23,7 +23,7 @@ from models_vit import check_divisible
 from util import cli
 from util.errors import UserError, fail
 from util.pos_embed import resample
-from util.transforms import preprocessing, statistics
+from util.transforms import preprocessing, statistics, told_statistics
 from util.weights import checkpoint, convert, hub, untrusted
 from util.weights.build import find, is_decoder, open_named
 
@@ -41,10 +41,12 @@ def _code(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
-def to_timm(model: nn.Module, name: str, prepared: dict, path: Path) -> str:
-    """Write encoder or classifier; returns the Python line that loads it, with how to prepare images (`prepared`)."""
+def to_timm(model: nn.Module, name: str, prepared: dict, kept: dict, path: Path) -> str:
+    """Write encoder or classifier, with `kept` in the header; returns the Python line that loads it, with how to
+    prepare images (`prepared`).
+    """
     weights = {key: value for key, value in model.state_dict().items() if not is_decoder(key)}
-    convert.write_safetensors(path, weights)
+    convert.write_safetensors(path, weights, kept)
     short = name.removeprefix("mae_").removesuffix("_dec512d8b")
     options = {"num_classes": 0 if isinstance(model, MaskedAutoencoderViT) else model.num_classes}
     if "fc_norm.weight" in weights:
@@ -64,9 +66,11 @@ def to_timm(model: nn.Module, name: str, prepared: dict, path: Path) -> str:
 
 
 def to_hugging_face(
-    model: MaskedAutoencoderViT, part: str, mask_ratio: float, prepared: dict, top: int, folder: Path
+    model: MaskedAutoencoderViT, part: str, mask_ratio: float, prepared: dict, top: int, kept: dict, folder: Path
 ) -> str:
-    """Write config.json, preprocessor_config.json and model.safetensors; returns the Python line that loads them."""
+    """Write config.json, preprocessor_config.json and model.safetensors, with `kept` in its header; returns the Python
+    line that loads them.
+    """
     height, width = model.patch_embed.img_size
     if height != width:
         raise UserError(f"Hugging Face's ViTMAE knows square images only, not {height} x {width}: use --to safetensors")
@@ -75,7 +79,7 @@ def to_hugging_face(
         weights = {key.removeprefix("vit."): value for key, value in weights.items() if key.startswith("vit.")}
     name = "ViTMAEForPreTraining" if part == "full" else "ViTMAEModel"
     folder.mkdir(parents=True)
-    convert.write_safetensors(folder / "model.safetensors", weights)
+    convert.write_safetensors(folder / "model.safetensors", weights, kept)
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True, "size": {"height": height, "width": width}, "resample": 3,  # 3: bicubic
@@ -230,24 +234,32 @@ def export(
             f"{source} has {prepared['input_size'][0]} channels and does not tell their mean and std, which {to} takes "
             "with the weights: use --to safetensors"
         )
+    kept = _kept(name, model, args)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if to == "timm":
-            return output, to_timm(model, name, prepared, output)
+            return output, to_timm(model, name, prepared, kept, output)
         if to == "hf":
-            return output, to_hugging_face(model, part, mask_ratio, prepared, top, output)
+            return output, to_hugging_face(model, part, mask_ratio, prepared, top, kept, output)
         if to == "onnx":
             return output, to_onnx(model, part, mask_ratio, output)
         if to in ("detectron2", "mmseg"):
             return output, to_detector(model, to, prepared, top, output)
-        kept = {"model": name, "input_size": list(model.patch_embed.img_size)}
-        kept |= {key: list(prepared[key]) for key in ("mean", "std") if key in args and key in prepared}
-        kept |= {"pixel_type": args["pixel_type"]} if isinstance(args.get("pixel_type"), str) else {}
-        if is_mae:
-            kept["norm_pix_loss"] = model.norm_pix_loss
         return output, to_safetensors(model, part, kept, output)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error}): name another place with --output") from error
+
+
+def _kept(name: str, model: nn.Module, args: dict) -> dict[str, object]:
+    """What the header of a .safetensors file tells: how the model of a checkpoint with options `args` is built, and how
+    its images are made.
+    """
+    kept = {"model": name, "input_size": list(model.patch_embed.img_size)}
+    told = told_statistics(model.patch_embed.proj.in_channels, args)
+    kept |= {key: list(values) for key, values in told.items()}
+    words = ("pixel_type", "target", "mask", "decoder_heads", "encoder_mask_tokens")
+    kept |= {key: args[key] for key in words if isinstance(args.get(key), str | int)}
+    return kept | ({"norm_pix_loss": model.norm_pix_loss} if isinstance(model, MaskedAutoencoderViT) else {})
 
 
 def _args_of(source: str) -> dict:

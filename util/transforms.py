@@ -225,13 +225,25 @@ def preprocessing(size: tuple[int, int], channels: int, args: dict) -> dict[str,
 
 
 def statistics(channels: int, args: dict) -> dict[str, tuple[float, ...]]:
-    """Channels, and a checkpoint's options -> `mean` and `std`; {} where nobody tells them."""
+    """Channels, and a checkpoint's options -> `mean` and `std`: its own, else ImageNet's for 3 channels, else {}."""
+    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD} if channels == 3 else {}
+    return told_statistics(channels, args) or usual
+
+
+def told_statistics(channels: int, args: dict) -> dict[str, tuple[float, ...]]:
+    """Channels, and a checkpoint's options -> the `mean` and `std` that it tells; {} where it does not."""
     told = {name: args.get(name) for name in ("mean", "std")}
     fit = all(isinstance(values, list | tuple) and len(values) == channels for values in told.values())
     if fit and all(isinstance(v, int | float) and math.isfinite(v) for v in (*told["mean"], *told["std"])):
         if min(told["std"]) > 0:
             return {name: tuple(map(float, values)) for name, values in told.items()}
-    return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD} if channels == 3 else {}
+    return {}
+
+
+def check_together(mean: object, std: object) -> None:
+    """Raise UserError where one of --mean and --std is given alone."""
+    if (mean is None) != (std is None):
+        raise UserError("--mean and --std go together: give both, or neither")
 
 
 def _sides(size: Size) -> tuple[int, int]:

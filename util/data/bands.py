@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import decode
 from util.errors import UserError
+from util.transforms import check_together
 
 TOP = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}
 TYPES = ("uint8", "uint16", "float32")
@@ -56,7 +57,7 @@ class Bands:
         if raw.startswith(NPY):
             return self._arranged(_read_npy(raw))
         if raw.startswith(TIFF) and not self._ordinary(raw):
-            return self._arranged(_read_tiff(raw))
+            return self._arranged(*_read_tiff(raw))
         if self.in_chans == 3:
             return decode.decode(data)
         return self.of_image(decode.open_image(raw))
@@ -127,23 +128,40 @@ class Bands:
 RGB = Bands()
 
 
+def check_units(bands: Bands) -> None:
+    """Raise UserError where mean or deviation of integers, whose range is 0 to 1, are in units of the files' values."""
+    top = {"rgb": 255, "uint8": 255, "uint16": 65535}.get(bands.pixel_type)
+    for name in ("mean", "std") if top else ():
+        if wrong := [value for value in getattr(bands, name) or () if abs(value) > 1]:
+            raise UserError(
+                f"--{name} {wrong[0]:g} is beyond 1, and it is in units of 0..1: divide what is of 0..{top} by {top}"
+            )
+
+
 def of_model(model: torch.nn.Module, mean: list[float] | None = None, std: list[float] | None = None) -> Bands:
-    """Those that a model from a checkpoint was trained with (see util/weights/build.py). Raises UserError where they
-    are not known, unless `mean` and `std` are given, and where these contradict the checkpoint.
+    """Those that a model from a checkpoint was trained with (see util/weights/build.py); ImageNet's mean and deviation
+    for 3 channels where it tells none. Raises UserError where they are not known, unless `mean` and `std` are given,
+    and where these contradict the checkpoint.
     """
+    check_together(mean, std)
     told = dict(getattr(model, "bands", {}))
+    channels = told.get("in_chans", 3)
     for name, given in (("mean", mean), ("std", std)):
-        known, channels = told.get(name, getattr(RGB, name)), told.get("in_chans", 3)
-        if given is None and known is None:
+        known = told.get(name)
+        if given is None and known is None and channels == 3:
+            told[name] = getattr(RGB, name)
+        elif given is None and known is None:
             raise UserError(
                 f"the checkpoint does not tell the {name} of its {channels} channels: give --mean and --std"
             )
-        if known is None and len(given) == channels:
+        elif known is None and len(given) == channels:
             told[name] = tuple(given)
         elif given is not None and tuple(given) != known:
             what = "it does not tell them, but" if known is None else f"its own are {' '.join(map(str, known))}, and"
             raise UserError(f"--{name} does not fit the checkpoint: {what} it takes {channels} channels")
-    return Bands(**told)
+    bands = Bands(**told)
+    check_units(bands)
+    return bands
 
 
 def _planes(values: np.ndarray) -> torch.Tensor:
@@ -176,7 +194,10 @@ def _read_npy(raw: bytes) -> np.ndarray:
     return values.reshape(shape, order="F" if fortran else "C")
 
 
-def _read_tiff(raw: bytes) -> np.ndarray:
+def _read_tiff(raw: bytes) -> tuple[np.ndarray, tuple[int, ...]]:
+    """(Values, where their channels may be): last, if the file names that axis, S(amples) or C(hannel); pages before
+    columns, if it does not.
+    """
     try:
         import tifffile
     except ImportError as error:
@@ -189,11 +210,14 @@ def _read_tiff(raw: bytes) -> np.ndarray:
         if math.prod(tile := series.keyframe.tile or ()) > 3 * decode.pixel_limit():
             raise decode.too_many(f"tiles of {' x '.join(map(str, tile))}")  # decoded whole, however small the image
         try:
-            return series.asarray(maxworkers=1)
+            values = series.asarray(maxworkers=1)
         except (ValueError, KeyError) as error:  # of a codec, of a predictor
             if "imagecodecs" not in str(error):
                 raise
             raise WrongKind(f"a compression that takes a package: pip install imagecodecs ({error})") from error
+    if named := [axis for axis in "SC" if axis in series.axes]:
+        return np.moveaxis(values, series.axes.index(named[0]), -1), (2,)
+    return values, (0, 2)
 
 
 def collate(samples: list[tuple]) -> list[torch.Tensor]:

@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 
 from util.cli import DataOptions
-from util.data.bands import RGB, TOP, TYPES, Bands
+from util.data.bands import RGB, TOP, TYPES, Bands, check_units
 from util.dist import Dist, on_main
 from util.errors import UserError
 from util.log import log
+from util.transforms import check_together
 
 # what mean and deviation are measured on: images, at most; and values of them all, of which 16 images may have more.
 # The other ranks wait meanwhile, for --dist_timeout at most
@@ -23,8 +24,7 @@ PART = 2**22  # values at a time: float64 takes several times the memory of an i
 def chosen(options: DataOptions | argparse.Namespace, transform: object = None) -> Bands:
     """What --in_chans, --mean and --std say. Raises UserError where they, or the `transform`, do not fit together."""
     channels, mean, std = options.in_chans, options.mean, options.std
-    if (mean is None) != (std is None):
-        raise UserError("--mean and --std go together: give both, or neither")
+    check_together(mean, std)
     for name, values in (("mean", mean or ()), ("std", std or ())):
         if mean is not None and len(values) != channels:
             raise UserError(f"--{name} has {len(values)} numbers, but --in_chans is {channels}: give one a channel")
@@ -36,6 +36,7 @@ def chosen(options: DataOptions | argparse.Namespace, transform: object = None) 
     if pixel_type == "rgb" and mean is None:
         return RGB
     bands = Bands(channels, tuple(mean) if mean else None, tuple(std) if std else None, pixel_type)
+    check_units(bands)
     if channels != 3:
         check_eight_bits(transform, options.decode, f"{channels} channels")
     return bands
@@ -81,6 +82,7 @@ def _with_statistics(bands: Bands, dataset, *others) -> Bands:
             f"images are of {bands.pixel_type}, not {told} as --pixel_type or the checkpoint says: mean and std are in "
             "units of the whole range of either type"
         )
+    check_units(bands)
     if bands.mean is not None:
         return bands
     if bands.in_chans == 3 and first.dtype == torch.uint8:

@@ -14,7 +14,7 @@ import models_vit
 from util import masks, targets
 from util.errors import UserError, shown
 from util.log import log
-from util.transforms import statistics
+from util.transforms import check_together, statistics, told_statistics
 from util.weights import channels, checkpoint, convert, download, untrusted
 from util.weights.checkpoint import is_decoder
 
@@ -94,14 +94,14 @@ def told_by(state: dict, source: str | Path) -> dict[str, object]:
 
 
 def channels_told_by(weights: convert.Weights, args: dict) -> dict[str, object]:
-    """Weights under our names, and options -> `in_chans`, `pixel_type`, and `mean` and `std` where they are known; {}
-    where there is no first layer.
+    """Weights under our names, and options -> `in_chans`, `pixel_type`, and `mean` and `std` where the options tell
+    them; {} where there is no first layer.
     """
     if getattr(first := weights.get(channels.FIRST), "ndim", 0) != 4:
         return {}
     in_chans, kind = first.shape[1], args.get("pixel_type")
     kind = kind if kind in ("stored", "uint8", "uint16", "float32") else "rgb" if in_chans == 3 else "stored"
-    return {"in_chans": in_chans, "pixel_type": kind, **statistics(in_chans, args)}
+    return {"in_chans": in_chans, "pixel_type": kind, **told_statistics(in_chans, args)}
 
 
 def _image_size(
@@ -154,8 +154,10 @@ def take_options(args: argparse.Namespace, parser: argparse.ArgumentParser, prob
             wrong.append(_as_option(name, ours))
         setattr(args, name, theirs)
     args.pixel_type = told.get("pixel_type", args.pixel_type)
+    check_together(args.mean, args.std)
+    usual = statistics(args.in_chans, {}) if args.mean is None else {}  # of a file that tells none
     for name in ("mean", "std"):
-        ours, theirs = getattr(args, name), told.get(name)
+        ours, theirs = getattr(args, name), told.get(name, usual.get(name))
         if ours is None and theirs is None:
             raise UserError(f"{args.resume} does not tell mean and std of its {args.in_chans} channels: give --mean "
                             "and --std")  # fmt: skip
