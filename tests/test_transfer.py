@@ -1,6 +1,7 @@
 """--dataset inat…, places…: small copies of the official archives as they unpack, right ones and wrong ones."""
 
 import json
+import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -233,6 +234,8 @@ BAD_PLACES = {
     "category twice": ("places365", line_of("categories_places365.txt", lambda line: "/c/x 0"), "do not count from 0"),
     "no list of 205": ("places205", lambda root: (root / "trainvalsplit_places205").rename(root / "lists"),
                        "no file .*/train_places205.csv"),
+    "too large of 205": ("places205", line_of("trainvalsplit_places205/train_places205.csv", lambda s: f"{s}99999"),
+                         "train_places205.csv has label 1099999, but Places205 has 205 categories"),
     "another path": ("places205", line_of("trainvalsplit_places205/val_places205.csv", lambda line: "z/zoo/1.jpg 1"),
                      "1 of 5 files that were looked for .*z/zoo/1.jpg"),
 }  # fmt: skip
@@ -265,6 +268,22 @@ def test_images_that_are_missing_are_named_and_extra_ones_left_out_with_a_line(n
     monkeypatch.setattr(transfer, "check_there", lambda *args: None)
     with pytest.raises(UserError, match=f"1 images that the official files name are not there: .*{path.name}"):
         opened(name, tmp_path)
+
+
+def test_images_that_are_named_twice_are_told_and_count_twice(tmp_path):
+    write_inat(tmp_path / "json", "inat2018")
+    again = IMAGES["inat2018"] + "/Fungi/10/0.jpg"
+    edit(tmp_path / "json" / "val2018.json", lambda content: content["images"][0].update(file_name=again))
+    write_places205(tmp_path)
+    path = tmp_path / "trainvalsplit_places205" / "train_places205.csv"
+    path.write_text(path.read_text() + "z/zoo/00000003.jpg 0\n" * 4)
+    for name, root, n, which in (
+        ("inat2018", tmp_path / "json", 12, "1 lines.*/10/0.jpg$"),
+        ("places205", tmp_path, 16, r"4 lines.*(/zoo/00000003.jpg, .*){3}\.\.\.$"),
+    ):
+        with project_log() as said:
+            train_set, _ = opened(name, root)
+        assert len(train_set) == n and [line for line in said if re.search(which, line)], said
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,22 @@ def test_lists_have_the_neighbours_and_pictures_of_the_same_folders(images, list
     assert len(seen) == 8 and all("/val/" in path for path in seen), "pictures alone take them from there, too"
 
 
+def test_class_numbers_of_lists_may_be_ids_of_many_digits(listed, images):
+    ids = {"0": "7", "1": "90000000000000001", "2": "90000000000000002"}
+    expected = watch(images, knn_every=1).knn_files
+    for split in ("train", "val"):
+        lines = (listed / f"{split}.csv").read_text().splitlines()
+        rows = [line.rsplit(",", 1) for line in lines if line != "path,label"]
+        classes = sorted({label for _, label in rows})
+        rows = [(path, ids[str(classes.index(label))]) for path, label in rows]
+        (listed / f"{split}.csv").write_text("".join(f"{path},{label}\n" for path, label in rows))
+    dataset = Images(list_images(images / "train"), pretrain_transform(16, 0.5, 0.5))
+    settings = dict(mask_ratio=0.75, amp="off", picture_every=0, knn_every=1, num_workers=0)
+    watcher = Watch(CPU, str(listed / "train.csv"), dataset, 16, val_path=str(listed / "val.csv"), **settings)
+    for found, part in zip(watcher.knn_files, expected, strict=True):
+        assert Counter(label for _, label in found) == Counter(label for _, label in part)
+
+
 @pytest.mark.parametrize("name", ["inat2019", "places205"])
 def test_neighbours_of_a_published_set(name, tmp_path):
     (tmp_path / "set").mkdir()

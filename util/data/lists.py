@@ -45,7 +45,8 @@ def labelled(
 ) -> tuple[PackedFiles | None, PackedFiles, list[str]]:
     """Two lists -> (files to train on, None unless `with_train`; files to validate on; class names in label order).
 
-    Where all labels of both are whole numbers, class k is the number k; else classes are the labels' texts, sorted.
+    Where all labels of both are whole numbers, class k is the number k, or the k-th of those that are there where
+    `nb_classes` is None; else classes are the labels' texts, sorted.
     Without `with_train`, `train_path` tells the classes alone and may be missing. Raises UserError where a list is
     missing or wrong, see `FileList.read`, or the labels do not fit each other or `nb_classes`.
     """
@@ -92,7 +93,9 @@ def _classes(codes: dict[str, int], lists: "list[FileList]", nb_classes: int | N
             if int(label) < 0:
                 first = next(filter(None, (one.line_of(label) for one in lists)))
                 raise UserError(f"{first}: label {label}, but class numbers count from 0")
-        nb_classes = nb_classes or int(numbers.max()) + 1
+        if nb_classes is None:  # nobody has a class for each number: they may be ids, of many digits
+            found = np.unique(numbers)
+            return np.searchsorted(found, numbers), [str(number) for number in found.tolist()]
         # an evaluation need not meet the last classes
         if numbers.max() >= nb_classes or (len(lists) > 1 and numbers.max() + 1 < nb_classes):
             words = f"the class numbers of {of} go up to {numbers.max()}: pass --nb_classes {numbers.max() + 1}"

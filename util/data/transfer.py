@@ -152,6 +152,8 @@ def _places205(root: str, split: str) -> Split:
     folder = "data/vision/torralba/deeplearning/images256"
     path = _official(root, f"{split}_places205.csv", "trainvalsplit_places205")
     files = _numbered(path, root, folder)
+    if (largest := files.labels.max()) > 204:
+        raise UserError(f"{printable(path)} has label {largest}, but Places205 has 205 categories, from 0 on")
     first = zip(*np.unique(files.labels, return_index=True), strict=True)
     names = {int(label): os.path.relpath(os.path.dirname(files[index][0]), files.folder) for label, index in first}
     return Split(files, names, path, {folder})
@@ -197,7 +199,13 @@ def _numbered(path: str, root: str, folder: str) -> PackedFiles:
 def _compare_with_disk(root: str, parts: list[Split], skip_bad: bool) -> None:
     """Name what is listed and not there, and what is there and not listed."""
     listing, extra = Listing(), []
-    listed = {hash(path) for part in parts for path, _ in part.files}  # of millions, the paths would take a gigabyte
+    listed, twice = set(), []  # as hashes: of millions, the paths would take a gigabyte
+    for path in (path for part in parts for path, _ in part.files):
+        twice += [path] * (hash(path) in listed and len(twice) < 3)
+        listed.add(hash(path))
+    if more := sum(len(part.files) for part in parts) - len(listed):
+        names = ", ".join(map(printable, twice)) + ", ..." * (more > len(twice))
+        log.warning(f"{more} lines of the official files name an image again, and it counts again: {names}")
     there = set()
     for folder in set.union(*(part.folders for part in parts)):
         for path in listing.images(os.path.join(root, folder)):
