@@ -3,8 +3,8 @@
 Every name of --model is an entry. `pretrained`: False for new weights; True for the authors' file of that model: an
 autoencoder of normalised pixels, or a classifier of ImageNet-1K; or what --finetune takes: a path, an https URL, the
 name of a released file, hf://user/name or timm/name. Other keywords are the builder's, such as img_size or num_classes.
-A Vision Transformer of a file without head has none either, unless num_classes is given; channels are the file's. An
-autoencoder with weights takes img_size and norm_pix_loss alone.
+Channels, classes and pooling are the file's, unless they are given: another num_classes has a new head, and a file
+without head gives a model without one. An autoencoder with weights takes img_size and norm_pix_loss alone.
 """
 
 from collections.abc import Callable
@@ -28,18 +28,27 @@ def _released(name: str) -> str:
     raise UserError(f"nobody released weights of {name}: give pretrained=PATH, or leave it out")
 
 
+def _own_options(weights: convert.Weights) -> dict[str, object]:
+    """A classifier's or an encoder's weights -> what the builder of a Vision Transformer takes to hold them all."""
+    told = {key: value for key, value in build.channels_told_by(weights, {}).items() if key == "in_chans"}
+    told["num_classes"] = checkpoint.n_classes(weights)
+    if told["num_classes"] or "fc_norm.weight" in weights:
+        told["global_pool"] = "fc_norm.weight" in weights
+    return told
+
+
 def _entry(name: str, builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def entry(pretrained: bool | str = False, **options) -> nn.Module:
         if not pretrained:
             return builder(**options)
         source = build.find(_released(name) if pretrained is True else pretrained)
-        if name in models_vit.MODELS and options:  # a classifier that is still to be trained, with another head
-            weights = convert.to_our_names(checkpoint.load(source)["model"], source)
-            if "in_chans" not in options and (told := build.channels_told_by(weights, {})):
-                options["in_chans"] = told["in_chans"]
-            model = builder(**options)
-            checkpoint.load_pretrained(source, model)
-            return model.eval()
+        if name in models_vit.MODELS:
+            own = _own_options(convert.to_our_names(checkpoint.load(source)["model"], source))
+            options = {key: value for key, value in options.items() if key not in own or own[key] != value}
+            if options.keys() - {"img_size"}:  # a classifier that is still to be trained, with another head or noise
+                model = builder(**own | options)
+                checkpoint.load_pretrained(source, model)
+                return model.eval()
         size = options.pop("img_size", None)
         if own := options.keys() - {"norm_pix_loss"}:
             raise UserError(f"{', '.join(sorted(own))}: {pretrained} decides that; leave it out, or pretrained")

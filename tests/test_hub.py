@@ -273,6 +273,39 @@ def test_torch_hub_gives_weights_of_a_file(trained, weights):
     torch.testing.assert_close(classifier.pos_embed, larger.pos_embed)
 
 
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("probe", [True, False])
+def test_torch_hub_gives_a_classifier_as_the_file_has_it_unless_told_otherwise(pool, probe, tmp_path):
+    torch.manual_seed(0)
+    trained = models_vit.vit_tiny_patch4(img_size=32, num_classes=5, global_pool=pool, in_chans=4).eval()
+    torch.nn.init.normal_(trained.head.weight)
+    weights = trained.state_dict()
+    if probe:
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+        weights |= {"head.0.running_mean": torch.zeros(64), "head.0.running_var": torch.ones(64) - models_vit.PROBE_EPS}
+        weights |= {"head.0.num_batches_tracked": torch.tensor(9)}
+        weights |= {"head.1.weight": trained.head.weight, "head.1.bias": trained.head.bias}
+    torch.save({"model": weights, "args": {"model": "vit_tiny_patch4"}}, tmp_path / "c.pth")
+    imgs = torch.randn(2, 4, 32, 32)
+    of = {"pretrained": str(tmp_path / "c.pth")}
+    for same in ({}, {"num_classes": 5}, {"img_size": 32}, {"global_pool": pool, "num_classes": 5, "in_chans": 4}):
+        with torch.no_grad():
+            torch.testing.assert_close(from_hub("vit_tiny_patch4", **of, **same)(imgs), trained(imgs))
+    larger = from_hub("vit_tiny_patch4", **of, img_size=48)
+    assert torch.equal(larger.head.weight, trained.head.weight) or probe
+    assert larger(torch.randn(2, 4, 48, 48)).shape == (2, 5)
+    other = from_hub("vit_tiny_patch4", **of, num_classes=7, img_size=48, drop_path_rate=0.1)
+    assert other.head.out_features == 7 and other.global_pool is pool
+    assert torch.equal(other.blocks[3].mlp.fc1.weight, trained.blocks[3].mlp.fc1.weight)
+    if pool:
+        assert torch.equal(other.fc_norm.weight, trained.fc_norm.weight)
+    noisy = from_hub("vit_tiny_patch4", **of, drop_path_rate=0.1)
+    assert noisy.head.out_features == 5
+    if not probe:
+        with torch.no_grad():
+            torch.testing.assert_close(noisy(imgs), trained(imgs))
+
+
 @pytest.mark.parametrize("channels", [3, 13])
 def test_torch_hub_takes_channels_from_the_file_and_an_encoder_of_an_autoencoder(channels, tmp_path):
     mae = models_mae.mae_vit_tiny_patch4(in_chans=channels, img_size=48).eval()
