@@ -105,6 +105,12 @@ def test_k_nn_counts_right_votes_whatever_the_chunks(monkeypatch):
     assert knn_accuracy(train, test, k=7) == pytest.approx(100 * right / 2500)
 
 
+def test_votes_cost_no_column_a_class():
+    labels = torch.arange(2000) * 10**9  # a one-hot of the neighbours would have 2e12 columns
+    features = torch.eye(2000)
+    assert knn_accuracy((features, labels), (features, labels), k=1) == 100
+
+
 def events(folder):
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
