@@ -128,6 +128,15 @@ def test_classes_are_sorted_texts_or_the_numbers_themselves(ending, tmp_path):
 
 
 @pytest.mark.usefixtures("anything_is_there")
+@pytest.mark.parametrize("nb_classes", [2, 10**12 + 1])
+def test_numbers_that_are_ids_are_no_class_numbers(nb_classes, tmp_path):
+    lists_ = pair(tmp_path, "a,7\nb,1000000000000\n", "c,7\n")
+    with pytest.raises(UserError, match="train.csv and .*val.csv go up to 1000000000000, which are ids: number the 2"):
+        labelled(*lists_, nb_classes, True, False)
+    assert labelled(*lists_, None, True, False)[2] == ["7", "1000000000000"]
+
+
+@pytest.mark.usefixtures("anything_is_there")
 def test_an_evaluation_needs_the_list_of_training_for_its_classes_alone(tmp_path):
     train, val = pair(tmp_path, "a,ant\nb,bee\nc,cat\n", "e,bee\nf,cat\n")
     train_files, val_files, classes = labelled(train, val, 3, False, False)
@@ -155,7 +164,7 @@ WRONG_ROWS = {  # what is wrong: (train list, val list, words of the message); a
     "a header of other words": ("name,kind\na,x\nb,y\n", "a,x\n", "has 3 labels.* They are 'kind', 'x', 'y'"),
     "too many classes": ("a,x\n", "a,x\n", "--nb_classes 2, but .* has 1 labels"),
     "too large a number": ("a,0\nb,7\n", "a,0\n", "--nb_classes 2, but the class .* up to 7: pass --nb_classes 8"),
-    "huge number": ("a,0\nb,99999999999\n", "a,0\n", "pass --nb_classes 100000000000"),
+    "huge number": ("a,0\nb,99999999999\n", "a,0\n", "99999999999, which are ids: number the 2 from 0 on"),
     "too small numbers": ("a,0\nb,0\n", "a,0\n", "go up to 0: pass --nb_classes 1"),
     "label no UTF-8": (b"a,x\nb,caf\xe9\n", "a,x\n", r"train.csv, line 2: label 'caf\\xe9' is no UTF-8"),
     "UTF-16": ("a,x\n".encode("utf-16"), "a,x\n", "train.csv is no text of UTF-8: save it as UTF-8"),

@@ -22,6 +22,7 @@ from util.log import log
 
 ENDINGS = (".txt", ".csv")
 SAMPLED = 1000  # files of a list that are looked for before anything else; at most twice as many
+MOST_CLASSES = 10_000_000  # a classifier has a weight, and a name, for each number up to the largest
 # lines that are objects at a time: too few to call the garbage collector, which would take most of the time
 BATCH = 512
 Row = list[str]  # [path] or [path, label]
@@ -96,6 +97,9 @@ def _classes(codes: dict[str, int], lists: "list[FileList]", nb_classes: int | N
         if nb_classes is None:  # nobody has a class for each number: they may be ids, of many digits
             found = np.unique(numbers)
             return np.searchsorted(found, numbers), [str(number) for number in found.tolist()]
+        if numbers.max() >= MOST_CLASSES:
+            words = f"go up to {numbers.max()}, which are ids: number the {len(np.unique(numbers))} from 0 on"
+            raise UserError(f"the class numbers of {of} {words}")
         # an evaluation need not meet the last classes
         if numbers.max() >= nb_classes or (len(lists) > 1 and numbers.max() + 1 < nb_classes):
             words = f"the class numbers of {of} go up to {numbers.max()}: pass --nb_classes {numbers.max() + 1}"
