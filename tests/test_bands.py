@@ -730,6 +730,20 @@ def test_a_classifier_that_tells_no_mean_is_evaluated_by_the_given_one(name, tmp
         start(name, tmp_path, "--eval", "--resume", tmp_path / "silent.pth", "--std", 1, 1, 1)
 
 
+@pytest.mark.parametrize("name", ["finetune", "linprobe"])
+def test_an_evaluation_reads_files_as_it_is_told(name, tmp_path):
+    write_values(tmp_path, 3, "float32", "npy")
+    start(name, tmp_path, *(["--aa", ""] if name == "finetune" else []), channels=3, output=tmp_path)
+    last = tmp_path / "checkpoint-0.pth"
+    said = start(name, tmp_path, "--eval", "--resume", last, "--pixel_type", "uint16")
+    assert "images are of float32, not uint16 as --pixel_type or the checkpoint says" in said
+    with pytest.raises(UserError, match="images are files ending in"):  # rgb reads no arrays
+        start(name, tmp_path, "--eval", "--resume", last, "--pixel_type", "rgb")
+    torch.save({"model": load(last)["model"]}, tmp_path / "silent.pth")
+    for given in (["--pixel_type", "stored"], ["--in_chans", 3]):
+        assert "3 channels of float32" in start(name, tmp_path, "--eval", "--resume", tmp_path / "silent.pth", *given)
+
+
 def test_a_file_that_does_not_tell_its_mean_needs_it(thirteen, tmp_path):
     classifier = models_vit.MODELS["vit_tiny_patch4"](img_size=32, in_chans=13, num_classes=2)
     args = {"model": "vit_tiny_patch4", "input_size": 32}

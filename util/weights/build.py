@@ -153,7 +153,10 @@ def take_options(args: argparse.Namespace, parser: argparse.ArgumentParser, prob
             right.append(_as_option(name, theirs))
             wrong.append(_as_option(name, ours))
         setattr(args, name, theirs)
-    args.pixel_type = told.get("pixel_type", args.pixel_type)
+    kind = told.get("pixel_type", args.pixel_type)
+    # who gives one says how files are read; `stored` of a file that tells the type is that type
+    if args.pixel_type == "auto" or (args.pixel_type == "stored" and kind != "rgb"):
+        args.pixel_type = kind
     check_together(args.mean, args.std)
     usual = statistics(args.in_chans, {}) if args.mean is None else {}  # of a file that tells none
     for name in ("mean", "std"):
