@@ -189,6 +189,8 @@ BAD_INAT = {
     "no images": (in_train(lambda c: c.update(images=[], annotations=[])), "it holds no image"),
     "no file name": (in_train(lambda c: c["images"][0].pop("file_name")), "not as published.*'file_name'"),
     "odd file name": (in_train(lambda c: c["images"][0].update(file_name=3)), "3 is no name"),
+    "half a letter": (in_train(lambda c: c["images"][0].update(file_name="a\ud83d.jpg")), r"'a\\ud83d.jpg' is no name"),
+    "in a category": (in_train(lambda c: c["categories"][0].update(name="\ud83d")), r"'\\ud83d' is no name"),
     "no label": (in_train(lambda c: c["annotations"].pop(0)), "image 889 has no annotation"),
     "no image": (in_train(lambda c: c["images"].pop(0)), "image 900 has an annotation, but no file name"),
     "image twice": (in_train(lambda c: c["images"].append(c["images"][0])), "image comes twice, 13 have 12"),

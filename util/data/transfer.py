@@ -11,6 +11,7 @@ The lists of Places365 may lie in filelist_places365-standard/, and its training
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,7 +144,9 @@ def _inaturalist_fault(names: dict, labels: dict, texts: dict, lengths: tuple[in
         return f"its {len(texts)} categories do not count from 0 to {len(texts) - 1}"
     if wrong := [label for label in labels.values() if label not in texts or type(label) is not int]:
         return f"category {shown(wrong[0])} of an image is none of its {len(texts)} categories"
-    if wrong := [text for text in (*names.values(), *texts.values()) if not (isinstance(text, str) and text)]:
+    # JSON can write half a letter beyond 16 bits, which no disk and no file of text takes
+    good = re.compile("[^\ud800-\udfff]+").fullmatch
+    if wrong := [text for text in (*names.values(), *texts.values()) if not (isinstance(text, str) and good(text))]:
         return f"{shown(wrong[0])} is no name"
     return None
 
