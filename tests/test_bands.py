@@ -187,6 +187,17 @@ def test_exports_tell_how_images_are_prepared(thirteen, tmp_path):
     assert bands.of_model(build.open_model(source)) == Bands(13, tuple(args["mean"]), tuple(args["std"]), "uint16")
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_detectors_are_told_imagenets_statistics_in_the_units_of_the_files(kind, tmp_path):
+    mae = models_mae.MODELS["mae_vit_tiny_patch4"](img_size=32)
+    args = {"mean": list(RGB.mean), "std": list(RGB.std), "pixel_type": kind}
+    torch.save({"model": mae.state_dict(), "args": args}, tmp_path / "x.pth")
+    for to, word in (("detectron2", "pixel_mean"), ("mmseg", "data_preprocessor")):
+        _, line = export.export(str(tmp_path / "x.pth"), to, output=tmp_path / to)
+        assert (word in line) == (kind != "uint8")  # which their configs have already
+        assert (f"{TOP[kind] * RGB.mean[0]:.7g}" in line) == (kind != "uint8")
+
+
 def test_pictures_show_the_first_three_bands_as_the_checkpoint_normalises(thirteen):
     model = build.open_model(thirteen.last)
     image = torch.from_numpy(values(3, 13, "uint16", (32, 32)))[None]

@@ -99,8 +99,8 @@ def to_detector(model: nn.Module, to: str, prepared: dict, top: int, path: Path)
     weights = {key: value for key, value in weights.items() if not is_decoder(key) and not key.startswith(left_out)}
     (height, width), patch_size = model.patch_embed.img_size, model.patch_embed.patch_size[0]
     told = {name: prepared.get(name) for name in ("mean", "std")}
-    # their configs have ImageNet's; in units of the files' values
-    told = {} if None in told.values() or told == statistics(3, {}) else told
+    # their configs have ImageNet's, of 0 to 255; in units of the files' values
+    told = {} if None in told.values() or (top == 255 and told == statistics(3, {})) else told
     told = {name: [float(f"{top * value:.7g}") for value in values] for name, values in told.items()}
     sizes = [model.pos_embed.shape[-1], len(model.blocks), model.blocks[0].attn.num_heads, prepared["input_size"][0]]
     if to == "detectron2":
