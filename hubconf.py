@@ -15,7 +15,7 @@ import models_mae
 import models_vit
 from util.errors import UserError
 from util.pos_embed import resample
-from util.weights import build, checkpoint, convert
+from util.weights import build, checkpoint, convert, untrusted
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "filelock", "tqdm"]
 
@@ -28,9 +28,11 @@ def _released(name: str) -> str:
     raise UserError(f"nobody released weights of {name}: give pretrained=PATH, or leave it out")
 
 
-def _own_options(weights: convert.Weights) -> dict[str, object]:
-    """A classifier's or an encoder's weights -> what the builder of a Vision Transformer takes to hold them all."""
-    told = {key: value for key, value in build.channels_told_by(weights, {}).items() if key == "in_chans"}
+def _own_options(weights: convert.Weights, channels: dict[str, object]) -> dict[str, object]:
+    """A classifier's or an encoder's weights, and what their file tells of channels -> what the builder of a Vision
+    Transformer takes to hold them all.
+    """
+    told = {key: value for key, value in channels.items() if key == "in_chans"}
     told["num_classes"] = checkpoint.n_classes(weights)
     if told["num_classes"] or "fc_norm.weight" in weights:
         told["global_pool"] = "fc_norm.weight" in weights
@@ -43,11 +45,16 @@ def _entry(name: str, builder: Callable[..., nn.Module]) -> Callable[..., nn.Mod
             return builder(**options)
         source = build.find(_released(name) if pretrained is True else pretrained)
         if name in models_vit.MODELS:
-            own = _own_options(convert.to_our_names(checkpoint.load(source)["model"], source))
+            state = checkpoint.load(source)
+            weights = convert.to_our_names(state["model"], source)
+            channels = build.channels_told_by(weights, untrusted.options_of(state))
+            own = _own_options(weights, channels)
             options = {key: value for key, value in options.items() if key not in own or own[key] != value}
             if options.keys() - {"img_size"}:  # a classifier that is still to be trained, with another head or noise
                 model = builder(**own | options)
                 checkpoint.load_pretrained(source, model)
+                if channels and "in_chans" not in options:
+                    model.bands = build.bands_of(channels)
                 return model.eval()
         size = options.pop("img_size", None)
         if own := options.keys() - {"norm_pix_loss"}:

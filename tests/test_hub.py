@@ -16,6 +16,7 @@ from helpers import ROOT, assert_same
 import models_mae
 import models_vit
 from util import export
+from util.data.bands import Bands, of_model
 from util.errors import UserError
 from util.weights import build, checkpoint, convert, download, hub
 
@@ -309,13 +310,15 @@ def test_torch_hub_gives_a_classifier_as_the_file_has_it_unless_told_otherwise(p
 @pytest.mark.parametrize("channels", [3, 13])
 def test_torch_hub_takes_channels_from_the_file_and_an_encoder_of_an_autoencoder(channels, tmp_path):
     mae = models_mae.mae_vit_tiny_patch4(in_chans=channels, img_size=48).eval()
-    torch.save({"model": mae.state_dict()}, tmp_path / "mae.pth")
+    args = {"mean": [0.5] * channels, "std": [0.1] * channels, "pixel_type": "uint16"}
+    torch.save({"model": mae.state_dict(), "args": args}, tmp_path / "mae.pth")
     encoder = from_hub("vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"))
     imgs = torch.randn(2, channels, 48, 48)
     with torch.no_grad():
         torch.testing.assert_close(encoder(imgs), mae.encode(imgs)[0])  # the class token
     classifier = from_hub("vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"), num_classes=5, img_size=48)
     assert classifier(imgs).shape == (2, 5)
+    assert of_model(classifier) == of_model(encoder) == Bands(channels, (0.5,) * channels, (0.1,) * channels, "uint16")
     assert from_hub("mae_vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"))(imgs)[1].shape[:2] == (2, 144)
     with pytest.raises(UserError, match="decoder_depth, in_chans: .*mae.pth decides that"):
         from_hub("mae_vit_tiny_patch4", pretrained=str(tmp_path / "mae.pth"), in_chans=1, decoder_depth=2)

@@ -247,9 +247,14 @@ def open_named(
     decoder = _decoder(network) if encoder_only else {}
     network.load_state_dict({**decoder, **weights})
     network.classes = None if is_mae else state.get("classes")  # names, as the file has them: main_evaluate.py judges
-    if "in_chans" in known:  # what util/data/bands.py makes images with
-        network.bands = {"mean": None, "std": None} | {name: known[name] for name in _BANDS if name in known}
+    if "in_chans" in known:
+        network.bands = bands_of(known)
     return name, network.eval()
+
+
+def bands_of(told: dict[str, object]) -> dict[str, object]:
+    """What a file tells, `in_chans` at least -> a model's `bands`, what util/data/bands.py makes images with."""
+    return {"mean": None, "std": None} | {name: told[name] for name in _BANDS if name in told}
 
 
 _BANDS = ("in_chans", "pixel_type", "mean", "std")
