@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tarfile
 from types import SimpleNamespace
@@ -281,6 +282,20 @@ def test_validation_images_of_other_channels_are_told_before_training(tmp_path):
     with pytest.raises(UserError, match="val/a/0.npy has 5 channels .*--in_chans is 4"):
         start("linprobe", tmp_path, channels=4, output=tmp_path / "out")
     assert "Epoch" not in (tmp_path / "out" / "train.log").read_text()
+
+
+def test_images_to_judge_that_are_of_another_type_are_told(tmp_path):
+    write_values(tmp_path, 4, "uint8", "tif")
+    shutil.rmtree(tmp_path / "val")
+    write_values(tmp_path / "other", 4, "float32", "npy")
+    (tmp_path / "other" / "val").rename(tmp_path / "val")
+    said = start("finetune", tmp_path, "--aa", "", channels=4, output=tmp_path)
+    assert "images to validate on are of float32, not uint8 as those to train on: mean and std are in units" in said
+    words = ["--resume", tmp_path / "checkpoint-0.pth", "--set", f"own={tmp_path / 'val'}", "--num_workers", 0]
+    words = [str(word) for word in (*words, "--output_dir", tmp_path / "out", *ON_CPU)]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main_evaluate.main(main_evaluate.get_args_parser().parse_args(words))
+    assert "images of own are of float32, not uint8 as the checkpoint says" in said.getvalue()
 
 
 def test_files_that_need_in_chans_say_so(tmp_path):

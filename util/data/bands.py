@@ -17,6 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import decode
 from util.errors import UserError
+from util.log import log
 from util.transforms import check_together
 
 TOP = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1}
@@ -136,6 +137,14 @@ def check_units(bands: Bands) -> None:
             raise UserError(
                 f"--{name} {wrong[0]:g} is beyond 1, and it is in units of 0..1: divide what is of 0..{top} by {top}"
             )
+
+
+def tell_other_type(told: str, pixels: torch.Tensor, what: str, teller: str) -> None:
+    """Warn where `pixels`, of `what`, are of another type than the one that `teller` has told."""
+    found = str(pixels.dtype).removeprefix("torch.")
+    if told in TYPES and told != found:
+        units = "mean and std are in units of the whole range of either type"
+        log.warning(f"{what} are of {found}, not {told} as {teller}: {units}")
 
 
 def of_model(model: torch.nn.Module, mean: list[float] | None = None, std: list[float] | None = None) -> Bands:

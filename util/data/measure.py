@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from util.cli import DataOptions
-from util.data.bands import RGB, TOP, TYPES, Bands, check_units
+from util.data.bands import RGB, TOP, Bands, check_units, tell_other_type
 from util.dist import Dist, on_main
 from util.errors import UserError
 from util.log import log
@@ -74,14 +74,11 @@ def settle(bands: Bands, env: Dist, decoder: str, *datasets) -> Bands:
 
 def _with_statistics(bands: Bands, dataset, *others) -> Bands:
     first = next(_pixels(dataset, 1))
+    tell_other_type(bands.pixel_type, first, "images", "--pixel_type or the checkpoint says")
+    bands = replace(bands, pixel_type=str(first.dtype).removeprefix("torch."))
     for other in others:  # an epoch later would be late
-        next(_pixels(other, 1), None)
-    told, bands = bands.pixel_type, replace(bands, pixel_type=str(first.dtype).removeprefix("torch."))
-    if told in TYPES and told != bands.pixel_type:
-        log.warning(
-            f"images are of {bands.pixel_type}, not {told} as --pixel_type or the checkpoint says: mean and std are in "
-            "units of the whole range of either type"
-        )
+        for pixels in _pixels(other, 1):
+            tell_other_type(bands.pixel_type, pixels, "images to validate on", "those to train on")
     check_units(bands)
     if bands.mean is not None:
         return bands

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from util.data.bands import RGB, Bands, collate
+from util.data.bands import RGB, Bands, collate, tell_other_type
 from util.data.datasets import BadImageError, Images, PackedFiles
 from util.data.loader import DeviceLoader
 from util.data.robustness import SETS, Listed, wnids
@@ -154,7 +154,10 @@ def parts_loader(
     """
     batches = PartBatches(parts, batch_size, env.rank, env.world_size)
     options = worker_options(num_workers if len(batches) else 0, pin_mem, env.device, timeout_seconds)
-    loader = DataLoader(PartImages(parts, skip_bad, bands), batch_sampler=batches, collate_fn=collate, **options)
+    images = PartImages(parts, skip_bad, bands)
+    for number, part in enumerate(parts if env.is_main and bands.pixel_type != "rgb" else ()):
+        tell_other_type(bands.pixel_type, images[number, 0][0], f"images of {part.key}", "the checkpoint says")
+    loader = DataLoader(images, batch_sampler=batches, collate_fn=collate, **options)
     return DeviceLoader(loader, env.device, bands=bands), [batches.of(part) for part in range(len(parts))]
 
 
