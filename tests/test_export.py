@@ -22,6 +22,7 @@ import models_vit
 from util.errors import UserError
 from util.export import export, main
 from util.pos_embed import resample
+from util.targets import PCA, Tokens
 from util.transforms import eval_transform
 from util.weights import build
 from util.weights.checkpoint import load_pretrained
@@ -122,6 +123,35 @@ def test_hugging_face_gets_no_rectangles_and_no_classifiers(tmp_path):
     with pytest.raises(UserError, match="is a classifier.*--to timm"):
         export(source, "hf", output=tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+VARIANTS = {
+    "mask tokens": ({"encoder_mask_tokens": True}, None, {"encoder_mask_tokens": True}),
+    "pca": ({}, PCA(48, 8), {"target": "pca"}),
+    "tokens": ({}, Tokens(16), {"target": "tokens"}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_decoder_that_others_do_not_have_stays_here(variant, tmp_path):
+    options, target, args = VARIANTS[variant]
+    model = models_mae.mae_vit_tiny_patch4(**options).eval()
+    if target:
+        model.set_target(target)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "x.pth")
+    source, imgs = str(tmp_path / "x.pth"), batch(model)[0]
+    with pytest.raises(UserError, match="ViTMAE predicts pixels, .*x.pth does otherwise: use --part"):
+        export(source, "hf", part="full", output=tmp_path / "full")
+    folder, _ = export(source, "hf", output=tmp_path / "encoder")
+    order = torch.arange(64).expand(2, -1) / 64
+    theirs = ViTMAEModel.from_pretrained(folder, mask_ratio=0.0)(imgs, noise=order).last_hidden_state
+    close(theirs[:, 0], model.encode(imgs)[0])
+    if variant == "tokens":
+        with pytest.raises(UserError, match="takes its tokenizer, which no checkpoint holds: use --part encoder"):
+            export(source, "onnx", part="full", output=tmp_path / "x.onnx")
+        assert not (tmp_path / "x.onnx").exists()
+    path, _ = export(source, "safetensors", part="full", output=tmp_path / "x.safetensors")
+    assert_same(build.open_model(path).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("part", ["encoder", "full"])

@@ -20,7 +20,7 @@ from torch import nn
 
 from models_mae import MaskedAutoencoderViT
 from models_vit import check_divisible
-from util import cli
+from util import cli, targets
 from util.errors import UserError, fail
 from util.pos_embed import resample
 from util.transforms import preprocessing, statistics, told_statistics
@@ -74,9 +74,10 @@ def to_hugging_face(
     height, width = model.patch_embed.img_size
     if height != width:
         raise UserError(f"Hugging Face's ViTMAE knows square images only, not {height} x {width}: use --to safetensors")
-    weights = convert.to_hugging_face(model.state_dict())
+    weights = {key: value for key, value in model.state_dict().items() if part == "full" or not is_decoder(key)}
+    weights = convert.to_hugging_face(weights)
     if part == "encoder":
-        weights = {key.removeprefix("vit."): value for key, value in weights.items() if key.startswith("vit.")}
+        weights = {key.removeprefix("vit."): value for key, value in weights.items()}
     name = "ViTMAEForPreTraining" if part == "full" else "ViTMAEModel"
     folder.mkdir(parents=True)
     convert.write_safetensors(folder / "model.safetensors", weights, kept)
@@ -226,6 +227,8 @@ def export(
     is_mae = isinstance(model, MaskedAutoencoderViT)
     if to == "hf" and not is_mae:
         raise UserError(f"{source} is a classifier, and --to hf writes masked autoencoders: use --to timm")
+    if is_mae and part == "full":
+        _check_decoder(model, to, source)
     args = _args_of(source)
     prepared = preprocessing(tuple(model.patch_embed.img_size), model.patch_embed.proj.in_channels, args)
     top = TOPS.get(str(args.get("pixel_type")), 255)
@@ -248,6 +251,16 @@ def export(
         return output, to_safetensors(model, part, kept, output)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error}): name another place with --output") from error
+
+
+def _check_decoder(model: MaskedAutoencoderViT, to: str, source: str) -> None:
+    """Raise UserError where a format takes no such decoder as a whole model's."""
+    use = "use --part encoder, or --to safetensors"
+    if to == "hf" and (model.encoder_mask_tokens or model.decoder_target is not targets.pixel):
+        words = "predicts pixels, and has no mask tokens in its encoder"
+        raise UserError(f"Hugging Face's ViTMAE {words}, which {source} does otherwise: {use}")
+    if to == "onnx" and isinstance(model.decoder_target, targets.Tokens):
+        raise UserError(f"the loss of {source} takes its tokenizer, which no checkpoint holds: {use}")
 
 
 def _kept(name: str, model: nn.Module, args: dict) -> dict[str, object]:
