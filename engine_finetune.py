@@ -91,6 +91,7 @@ def evaluate_and_leave(
 ) -> None:  # fmt: skip
     """--eval: load `weights`, of the file `name`, evaluate them once, and leave the process group."""
     checkpoint.load_strictly(model, weights, name)
+    checkpoint.warn_of_other_classes(name, data.val_set.classes)
     evaluate(model.to(env.device), data.val_loader, env, dtype, sharded)
     data.report_bad()
     shutdown()

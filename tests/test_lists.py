@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_same, load, project_log, torchrun, write_image
+from helpers import ON_CPU, assert_same, load, project_log, torchrun, write_image
 from test_data import as_it_is, env
 from test_saving import stop_at
 from test_scripts import FINETUNE, LINPROBE, PRETRAIN, log_txt, train
@@ -299,9 +299,12 @@ def test_classifiers_train_from_lists_resume_and_evaluate(name, photos, tmp_path
     assert whole["classes"] == ["ant", "bee", "wasp"]
     assert_same(whole["model"], parts["model"])
     accuracy = log_txt(tmp_path / "whole")[-1]["test_acc1"]
-    said = train(name, tmp_path / "eval", "--eval", "--resume", tmp_path / "whole" / "checkpoint-1.pth", *photos.given,
-                 "--num_workers", 0, "--device", "cpu", "--amp", "off")  # fmt: skip
-    assert f"* Acc@1 {accuracy:.3f}" in said
+    last = ("--eval", "--resume", tmp_path / "whole" / "checkpoint-1.pth", "--num_workers", 0, *ON_CPU)
+    said = train(name, tmp_path / "eval", *last, *photos.given)
+    assert f"* Acc@1 {accuracy:.3f}" in said and "other names" not in said
+    other = written(photos.root / f"{name}.csv", (photos.root / "val.csv").read_text().replace("ant", "x"))
+    said = train(name, tmp_path / "eval", *last, "--val_path", other)  # sorted: bee, wasp, x
+    assert "3 of 3 classes have other names than in" in said and "as class 0: 'bee' here, 'ant' there" in said
 
 
 def test_pretraining_takes_the_same_images_from_a_txt_a_csv_and_a_folder(photos, tmp_path, monkeypatch):

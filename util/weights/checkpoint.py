@@ -269,6 +269,19 @@ def n_classes(state_dict: Mapping[str, torch.Tensor]) -> int:
     return next((shape[0] for head in ("head.weight", "head.1.weight") if (shape := _shape(state_dict, head))), 0)
 
 
+def warn_of_other_classes(name: str, classes: list[str] | None) -> None:
+    """Warn where the images' class names are not those of the file `name`, as far as both are known."""
+    told = load(name, whole=False).get("classes")
+    if not (classes and isinstance(told, list) and len(told) == len(classes)):
+        return
+    if other := [i for i, pair in enumerate(zip(told, classes, strict=True)) if pair[0] != pair[1]]:
+        ours, theirs = shown(classes[other[0]]), shown(told[other[0]])
+        log.warning(
+            f"{len(other)} of {len(told)} classes have other names than in {name}, as class {other[0]}: {ours} here, "
+            f"{theirs} there. Labels go by place, so the accuracy is right if the places mean the same"
+        )
+
+
 def is_decoder(key: str) -> bool:
     """Whether a weight of this name belongs to the decoder alone."""
     return key == "mask_token" or key.startswith("decoder_")
