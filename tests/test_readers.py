@@ -374,3 +374,11 @@ def test_all_scripts_train_and_evaluate_on_shards_in_two_processes(shards, tmp_p
         figures = [line for line in done.stdout.splitlines() if line.startswith("* Acc@1")]
         assert figures and figures[-1] in alone.stdout
     assert not os.path.exists(tmp_path / "pretrain" / "checkpoint-1.pth")
+
+
+def test_splits_without_a_dataset_are_told(tmp_path):
+    transform = eval_transform(32)
+    with pytest.raises(UserError, match="--val_split test is for --dataset: folders are train/ and val/"):
+        labelled_images(tmp_path, "", ("train", "test"), (None, transform), 2, env(), False, 0, False)
+    with pytest.raises(UserError, match="--train_split all is for --dataset"):
+        pretraining_images(tmp_path, "", "all", transform, env(), 0, False)

@@ -118,6 +118,7 @@ def pretraining_images(
         return Images(transfer.unlabelled(name, root, split, skip_bad), transform, seed, skip_bad)
     if name:
         return _open(name, root, split, transform, env, seed, skip_bad, training=True)
+    _check_splits((split, "val"))
     if not root:
         raise UserError("--data_path is not given: name a folder of images, such as --data_path /data/imagenet")
     if lists.is_list(root):
@@ -171,6 +172,7 @@ def labelled_files(
     _check_val_path(name, val_path)
     if name:
         return transfer.labelled(name, root, splits, nb_classes, with_train, skip_bad)
+    _check_splits(splits)
     if val_path or lists.is_list(root):
         return lists.labelled(root, val_path, nb_classes, with_train, skip_bad)
     return _labelled_folders(root, nb_classes, with_train, endings)
@@ -179,6 +181,13 @@ def labelled_files(
 def _check_val_path(name: str, val_path: str | None) -> None:
     if name and val_path:
         raise UserError("--val_path is a list beside another, and --dataset has its own splits: leave one of them out")
+
+
+def _check_splits(splits: tuple[str, str]) -> None:
+    """Raise UserError where the splits of a --dataset are named and there is none: val/ would be taken for them."""
+    for option, split, own in zip(("--train_split", "--val_split"), splits, ("train", "val"), strict=True):
+        if split != own:
+            raise UserError(f"{option} {split} is for --dataset: folders are train/ and val/, lists their own")
 
 
 def _labelled_folders(
