@@ -48,7 +48,7 @@ def draw_emoji(text: str, font: ImageFont.FreeTypeFont, side: int, background: s
     return large.resize((side, side), Image.Resampling.BOX)
 
 
-def pictures(side: int = 48, val_share: int = 6) -> Iterator[tuple[Image.Image, str]]:
+def pictures(side: int = 40, val_share: int = 6) -> Iterator[tuple[Image.Image, str]]:
     """(picture of `side` pixels, "train/flags/0001.png" or the like) of all emoji, on light backgrounds.
 
     Every `val_share`-th design goes to val/, with its skin tones.

@@ -51,7 +51,7 @@ class Set:
 
 
 SETS = {
-    "emoji": Set(48, 9, 15, 64, 12e-3, "--crop_min 0.6", "--blr 25 --crop_min 0.7", 16),
+    "emoji": Set(40, 9, 10, 64, 12e-3, "--crop_min 0.6", "--blr 25 --crop_min 0.7", 16),
     # a mirrored digit, or a corner of one, is another shape
     "digits": Set(32, 10, 20, 64, 12e-3, "--crop_min 0.5 --hflip 0", "--blr 60 --crop_min 0.7 --hflip 0", 10),
 }
