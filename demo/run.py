@@ -42,6 +42,7 @@ class Set:
 
     side: int
     classes: int
+    epochs: int  # of pretraining
     probe_epochs: int
     batch_size: int
     blr: float
@@ -51,9 +52,9 @@ class Set:
 
 
 SETS = {
-    "emoji": Set(40, 9, 10, 64, 12e-3, "--crop_min 0.6", "--blr 25 --crop_min 0.7", 16),
+    "emoji": Set(40, 9, 55, 10, 64, 12e-3, "--crop_min 0.6", "--blr 25 --crop_min 0.7", 16),
     # a mirrored digit, or a corner of one, is another shape
-    "digits": Set(32, 10, 20, 64, 12e-3, "--crop_min 0.5 --hflip 0", "--blr 60 --crop_min 0.7 --hflip 0", 10),
+    "digits": Set(32, 10, 60, 20, 64, 12e-3, "--crop_min 0.5 --hflip 0", "--blr 60 --crop_min 0.7 --hflip 0", 10),
 }
 
 
@@ -62,11 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="?", choices=SETS, default="emoji", help="which pictures (default: emoji)")
     parser.add_argument("--output", type=Path, help="folder (default: one in demo/output)")
-    parser.add_argument("--epochs", type=int, default=60, help="epochs of pretraining (default: 60)")
+    usual = ", ".join(f"{name} {chosen.epochs}" for name, chosen in SETS.items())
+    parser.add_argument("--epochs", type=int, help=f"epochs of pretraining (default: {usual})")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, order and masks (default: 0)")
     args = parser.parse_args()
     try:
-        demo(args.set, args.output or ROOT / "demo" / "output" / args.set, args.epochs, args.seed)
+        out = args.output or ROOT / "demo" / "output" / args.set
+        demo(args.set, out, args.epochs or SETS[args.set].epochs, args.seed)
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:  # the script that runs has had it too, and is gone
