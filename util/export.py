@@ -21,6 +21,7 @@ from torch import nn
 from models_mae import MaskedAutoencoderViT
 from models_vit import check_divisible
 from util import cli, targets
+from util.data.bands import TOP
 from util.errors import UserError, fail
 from util.pos_embed import resample
 from util.transforms import preprocessing, statistics, told_statistics
@@ -31,9 +32,6 @@ ENDINGS = {"timm": ".timm.safetensors", "hf": "-hf", "safetensors": ".safetensor
 ENDINGS |= {"detectron2": ".detectron2.pth", "mmseg": ".mmseg.pth"}
 _WITH_NAME = ("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 TIMM_NAMES = {name: f"{name}_224" for name in _WITH_NAME}
-
-
-TOPS = {"uint16": 65535, "float32": 1}  # of values that are 1 for the model; of all others 255
 
 
 def _code(path: Path) -> str:
@@ -231,7 +229,7 @@ def export(
         _check_decoder(model, to, source)
     args = _args_of(source)
     prepared = preprocessing(tuple(model.patch_embed.img_size), model.patch_embed.proj.in_channels, args)
-    top = TOPS.get(str(args.get("pixel_type")), 255)
+    top = TOP.get(getattr(torch, str(args.get("pixel_type")), None), 255)  # the file's value that is 1 for the model
     if to in ("timm", "hf") and not {"mean", "std"} <= prepared.keys():
         raise UserError(
             f"{source} has {prepared['input_size'][0]} channels and does not tell their mean and std, which {to} takes "

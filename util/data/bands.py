@@ -131,8 +131,10 @@ RGB = Bands()
 
 def check_units(bands: Bands) -> None:
     """Raise UserError where mean or deviation of integers, whose range is 0 to 1, are in units of the files' values."""
-    top = {"rgb": 255, "uint8": 255, "uint16": 65535}.get(bands.pixel_type)
-    for name in ("mean", "std") if top else ():
+    if bands.pixel_type in ("stored", "float32"):  # not known yet, or of any range
+        return
+    top = TOP[bands.dtype]
+    for name in ("mean", "std"):
         if wrong := [value for value in getattr(bands, name) or () if abs(value) > 1]:
             raise UserError(
                 f"--{name} {wrong[0]:g} is beyond 1, and it is in units of 0..1: divide what is of 0..{top} by {top}"
